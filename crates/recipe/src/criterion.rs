@@ -1,0 +1,47 @@
+use serde::{Deserialize, Serialize};
+
+/// The formula behind a group's importance. `pruning::criterion` holds the plain references.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Criterion {
+    /// LoRA-guided: the weight gradient is read off the gradients of the LoRA factors (arXiv:2305.18403, eq. 10).
+    LoraPrune {
+        #[serde(default)]
+        form: LoraPruneForm,
+    },
+    /// First-order Taylor with the true gradient of every weight (LLM-Pruner's `param_first`, arXiv:2305.11627).
+    /// Costs a gradient of the size of the weights, one projection at a time.
+    Taylor,
+    /// L1 norm of the adapted weights.
+    Magnitude,
+    /// A fixed random order, keyed by the recipe's seed: the floor that a criterion must beat.
+    Random,
+}
+
+/// The two ways LoRAPrune has been written down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LoraPruneForm {
+    /// Absolute value, each projection's group sums divided by their L2 norm: what produced the published numbers.
+    #[default]
+    Code,
+    /// Square, plain sum: the equations of the paper.
+    Paper,
+}
+
+impl Default for Criterion {
+    fn default() -> Self {
+        Self::LoraPrune { form: LoraPruneForm::Code }
+    }
+}
+
+impl Criterion {
+    /// Whether group sums of a projection are divided by their L2 norm before the projections are added.
+    #[must_use]
+    pub fn normalises_projections(self) -> bool {
+        match self {
+            Self::LoraPrune { form: LoraPruneForm::Code } => true,
+            Self::LoraPrune { form: LoraPruneForm::Paper } | Self::Taylor | Self::Magnitude | Self::Random => false,
+        }
+    }
+}

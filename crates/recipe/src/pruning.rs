@@ -1,0 +1,129 @@
+use crate::{Criterion, Ramp, Violations, in_unit_interval};
+use serde::{Deserialize, Serialize};
+
+/// What is removed, how much of it, and by which rule.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Pruning {
+    pub criterion: Criterion,
+    /// `E <- decay * E + (1 - decay) * S` over the steps' scores `S`, from zero.
+    pub moving_average_decay: f64,
+    pub budget: Budget,
+    pub ramp: Ramp,
+    pub shape: Shape,
+    pub head_grouping: HeadGrouping,
+    pub protection: Protection,
+    /// Kept FFN channels of a layer are a multiple of this (1: any number).
+    pub channel_multiple: usize,
+    /// Tensor-parallel degrees at which the result must be servable: kept heads and channels divide by each.
+    pub serve_tp: Vec<usize>,
+    pub shrink: Shrink,
+}
+
+/// How small the result shall be.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Budget {
+    /// Fraction of the weights in unprotected layers' projections that goes, in `[0, 1)`.
+    Sparsity(f64),
+    /// Parameters of the whole model that stay, embeddings and norms included.
+    Parameters(u64),
+}
+
+/// Which widths the layers of the result may have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Shape {
+    /// Every layer keeps the same counts, so that a stock `config.json` can describe the result.
+    Uniform,
+    /// The published rule: `floor(count * sparsity)` groups go from each unprotected layer.
+    Paper,
+    /// One ranking over all unprotected layers, importance per weight.
+    Global,
+}
+
+/// What stands or falls together in attention.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum HeadGrouping {
+    /// A key/value head with all its query heads.
+    KvGroups,
+    /// Single query heads, equally many from each key/value head, which all stay.
+    QueryHeads,
+}
+
+/// Layers that are tuned but never pruned.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Protection {
+    /// None for `uniform` and `global`; the first tenth and the last for `paper`, as published.
+    ByShape,
+    /// Exactly these, 0-based.
+    Layers(Vec<usize>),
+}
+
+/// What a mask decision does to the tensors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Shrink {
+    /// Weights, LoRA factors and moments are sliced at once: every later step is smaller.
+    Live,
+    /// Removed groups are multiplied by zero. Slower and the same result: the oracle for `live`.
+    Never,
+}
+
+impl Default for Pruning {
+    fn default() -> Self {
+        Self {
+            criterion: Criterion::default(),
+            moving_average_decay: 0.9,
+            budget: Budget::Sparsity(0.5),
+            ramp: Ramp::default(),
+            shape: Shape::Uniform,
+            head_grouping: HeadGrouping::KvGroups,
+            protection: Protection::ByShape,
+            channel_multiple: 1,
+            serve_tp: Vec::new(),
+            shrink: Shrink::Live,
+        }
+    }
+}
+
+impl Protection {
+    /// Whether layer `layer` of `layer_count` is left unpruned under `shape`.
+    #[must_use]
+    pub fn covers(&self, layer: usize, layer_count: usize, shape: Shape) -> bool {
+        match (self, shape) {
+            (Self::Layers(layers), _) => layers.contains(&layer),
+            (Self::ByShape, Shape::Paper) => layer < layer_count / 10 || layer + 1 == layer_count,
+            (Self::ByShape, Shape::Uniform | Shape::Global) => false,
+        }
+    }
+}
+
+impl Pruning {
+    pub(crate) fn check(&self, steps: u64, found: &mut Violations) {
+        found.require(in_unit_interval(self.moving_average_decay, false), "pruning.moving_average_decay", || {
+            format!("must lie in [0, 1); got {}", self.moving_average_decay)
+        });
+        match self.budget {
+            Budget::Sparsity(sparsity) => {
+                found.require(in_unit_interval(sparsity, false), "pruning.budget.sparsity", || {
+                    format!("must lie in [0, 1): it is the fraction removed; got {sparsity}")
+                });
+            }
+            Budget::Parameters(parameters) => {
+                found.require(parameters > 0, "pruning.budget.parameters", || "must be at least 1".into());
+            }
+        }
+        self.ramp.check(steps, found);
+        found.require(self.channel_multiple >= 1, "pruning.channel_multiple", || "must be at least 1".into());
+        found.require(self.serve_tp.iter().all(|degree| *degree >= 1), "pruning.serve_tp", || {
+            "every degree must be at least 1".into()
+        });
+        let protects_some = matches!(&self.protection, Protection::Layers(layers) if !layers.is_empty());
+        found.require(!(protects_some && self.shape == Shape::Uniform), "pruning.protection", || {
+            "protected layers keep their widths, which `shape: uniform` cannot express; use `paper` or `global`".into()
+        });
+    }
+}
