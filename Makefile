@@ -1,0 +1,91 @@
+# `make` alone lists the targets. After `make setup`, plain `cargo build`, `cargo run` and `cargo test` work as well.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules
+.DELETE_ON_ERROR:
+
+CARGO ?= cargo
+PYTHON ?= python3
+
+ESPALIER := target/release/espalier
+DEMO := .cache/demo
+DEMO_MODEL := $(DEMO)/smollm2-135m-instruct
+DEMO_RUN := deploy/runs/demo.yaml
+DEMO_OUT := out/demo
+DEPLOY_VENV := .cache/deploy-venv
+INTEROP_VENV := .cache/interop
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+.PHONY: setup
+setup: ## check the tools and lay out libtorch under .libtorch (544 MB, fetched once)
+	@scripts/check_tools.sh
+	@$(PYTHON) scripts/setup_libtorch.py
+
+.PHONY: build
+build: setup ## build coordinator, worker and espalier, optimised
+	$(CARGO) build --release --locked -p coordinator -p worker -p espalier
+
+.PHONY: demo
+demo: build ## prune SmolLM2-135M by half with two tensor-parallel workers; report in out/demo
+	@$(PYTHON) scripts/fetch_demo.py
+	@$(MAKE) --no-print-directory $(DEMO_MODEL)/.imported
+	rm -rf $(DEMO_OUT)
+	$(ESPALIER) prune --model $(DEMO_MODEL) --recipe $(DEMO_RUN) \
+	  --data $(DEMO)/wikitext2/validation.parquet --eval-data $(DEMO)/wikitext2/test.parquet \
+	  --sparsity 0.5 --workers 2 --out $(DEMO_OUT)
+	@echo "the pruned model is in $(DEMO_OUT), its picture in $(DEMO_OUT)/report.html"
+
+# Imported once; the mark is set last, so that an interrupted import is made anew.
+$(DEMO_MODEL)/.imported: $(DEMO)/SmolLM2-135M-Instruct.Q4_1.gguf
+	rm -rf $(DEMO_MODEL)
+	$(ESPALIER) import --gguf $< --out $(DEMO_MODEL)
+	@touch $@
+
+.PHONY: test
+test: test-rust test-deploy ## run all tests but the ones against transformers
+
+.PHONY: test-rust
+test-rust: setup ## run the Rust tests, on real processes where they need them
+	@scripts/check_tools.sh --tests
+	$(CARGO) build --workspace --bins --locked
+	$(CARGO) test --workspace --locked --no-fail-fast
+
+.PHONY: test-deploy
+test-deploy: $(DEPLOY_VENV)/.installed ## check chart, images, compose file, scripts and schemas
+	$(DEPLOY_VENV)/bin/python -m pytest tests/deploy
+
+.PHONY: test-interop
+test-interop: setup $(INTEROP_VENV)/.installed ## load exported models in transformers (installs torch, 3 GB, once)
+	$(CARGO) build --workspace --bins --locked
+	$(INTEROP_VENV)/bin/python -m pytest tests/interop
+
+.PHONY: lint
+lint: setup $(DEPLOY_VENV)/.installed ## check format, clippy and the schemas
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	$(DEPLOY_VENV)/bin/buf lint proto
+
+.PHONY: clean
+clean: ## remove what was built and made; keep what was fetched (.libtorch, .cache/wheels)
+	$(CARGO) clean
+	rm -rf out $(DEMO) $(DEPLOY_VENV) $(INTEROP_VENV)
+
+# Environments are made from scratch, and marked last: a half one never counts.
+$(DEPLOY_VENV)/.installed: tests/deploy/requirements.txt
+	@scripts/check_tools.sh --tests
+	$(PYTHON) -m venv --clear $(DEPLOY_VENV)
+	$(DEPLOY_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --require-hashes --only-binary=:all: --requirement $<
+	@touch $@
+
+$(INTEROP_VENV)/.installed: tests/interop/requirements.txt
+	@scripts/check_tools.sh --tests
+	$(PYTHON) -m venv --clear $(INTEROP_VENV)
+	$(INTEROP_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --only-binary=:all: --requirement $<
+	@touch $@
