@@ -1,1 +1,9 @@
+//! Computing on one rank's shard: the port between the services and a tensor library.
 
+mod shard_engine;
+pub mod toy;
+
+pub use shard_engine::{
+    Engine, EngineError, ExportDtype, ExportJob, ExportWritten, MaskApplied, NllSum, ProjectionScores, Rendezvous, ShardEngine,
+    ShardSetup, StepOutcome,
+};

@@ -1,0 +1,185 @@
+use model_spec::Projection;
+use pruning::KeepMask;
+use recipe::Recipe;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// What a shard is made of.
+#[derive(Debug, Clone)]
+pub struct ShardSetup {
+    /// Hugging Face model folder.
+    pub model: PathBuf,
+    pub recipe: Recipe,
+    pub tp_rank: usize,
+    pub tp_degree: usize,
+    /// Longest a collective may wait for its peers.
+    pub collective_timeout: Duration,
+}
+
+/// What the ranks need to find each other: an address for Gloo, a unique id for NCCL.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rendezvous(pub Vec<u8>);
+
+/// What one optimizer step did on this rank. Loss and norm are equal on all ranks.
+#[derive(Debug, Clone)]
+pub struct StepOutcome {
+    /// Mean negative log likelihood over the step's predictions, in nats.
+    pub loss: f64,
+    /// Global L2 norm of the gradients before clipping.
+    pub grad_norm: f64,
+    pub learning_rate: f64,
+    /// Empty when the recipe does not prune, or its criterion needs no scores.
+    pub scores: Vec<ProjectionScores>,
+    /// Part of the step spent on scores.
+    pub score_time: Duration,
+}
+
+/// Raw group sums of one projection for the live groups that this rank holds, in ascending order of their indices in
+/// the unpruned model: by query head for q and o, by key/value head for k and v, by channel for gate, up and down.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ProjectionScores {
+    pub layer: usize,
+    pub projection: Projection,
+    pub values: Vec<f64>,
+}
+
+/// What applying a decision did on this rank.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MaskApplied {
+    /// Groups that came here from other ranks.
+    pub received_groups: u64,
+}
+
+/// A sum of negative log likelihoods, in nats, and how many predictions it is over.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct NllSum {
+    pub negative_log_likelihood: f64,
+    pub predicted: u64,
+}
+
+impl NllSum {
+    #[must_use]
+    pub fn perplexity(&self) -> f64 {
+        (self.negative_log_likelihood / self.predicted as f64).exp()
+    }
+}
+
+/// A pruned model to be written.
+#[derive(Debug, Clone)]
+pub struct ExportJob {
+    /// The model that was pruned.
+    pub model: PathBuf,
+    pub recipe: Recipe,
+    /// The ranks' checkpoint files, by rank, each with its SHA-256 in hex.
+    pub shards: Vec<(PathBuf, String)>,
+    pub keep_mask: KeepMask,
+    /// Must not exist or be empty.
+    pub out: PathBuf,
+    pub dtype: ExportDtype,
+    pub max_shard_bytes: u64,
+    pub run_id: String,
+}
+
+/// Format of exported weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ExportDtype {
+    Source,
+    Bf16,
+    F16,
+    F32,
+}
+
+/// What an export wrote and what its check found: the folder is reloaded in a process of its own, and its logits on the
+/// checkpoint's prompts are compared with those of the run.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ExportWritten {
+    /// Parameters written, padding included.
+    pub parameters: u64,
+    pub weight_bytes: u64,
+    pub model_type: String,
+    pub manifest_sha256: String,
+    pub max_logit_difference: f64,
+    pub max_logit: f64,
+    /// Share of positions whose most likely token is the same.
+    pub top_token_agreement: f64,
+    /// Mean KL divergence from the run's distribution to the reloaded one, in nats.
+    pub mean_kl: f64,
+}
+
+/// Why a shard could not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The caller asked for something that cannot be; nothing has changed.
+    #[error("{0}")]
+    Refused(String),
+    /// A model, checkpoint or output file is at fault.
+    #[error("{0}")]
+    File(String),
+    /// A number is not finite.
+    #[error("{what} at step {step} is {value}")]
+    NotFinite { what: String, step: u64, value: f64 },
+    /// A peer did not answer in time or is gone; the group must be formed anew.
+    #[error("collective failed: {0}")]
+    Collective(String),
+    /// The tensor library failed.
+    #[error("{0}")]
+    Device(String),
+}
+
+/// Makes shards and finished models. One implementation a tensor library.
+pub trait Engine: Send + Sync {
+    /// Loads a rank's shard: frozen weights, fresh LoRA factors, empty moments.
+    ///
+    /// # Errors
+    /// When the folder, the recipe or the degree does not fit.
+    fn load(&self, setup: ShardSetup) -> Result<Box<dyn ShardEngine>, EngineError>;
+
+    /// Merges, slices, writes and checks a pruned model.
+    ///
+    /// # Errors
+    /// When a file cannot be read or written or the check fails; nothing is left at `job.out` then.
+    fn export(&self, job: &ExportJob) -> Result<ExportWritten, EngineError>;
+}
+
+/// One rank's shard. It lives on the thread that made it. All ranks of a group call the same methods in the same order.
+pub trait ShardEngine {
+    /// Opens the group's meeting point on `host`; rank 0 only, before the others join.
+    ///
+    /// # Errors
+    /// When the address cannot be bound.
+    fn open_rendezvous(&mut self, host: &str) -> Result<Rendezvous, EngineError>;
+
+    /// Joins the group; `host` is the address at which this rank's collectives listen.
+    ///
+    /// # Errors
+    /// When the others do not come in time.
+    fn join_group(&mut self, rendezvous: &Rendezvous, host: &str) -> Result<(), EngineError>;
+
+    /// One optimizer step over the micro-batches, each a list of windows of equal length.
+    ///
+    /// # Errors
+    /// A loss or score that is not finite, or a lost peer; the optimizer step has then not been taken.
+    fn train_step(&mut self, step: u64, micro_batches: &[Vec<&[u32]>]) -> Result<StepOutcome, EngineError>;
+
+    /// Puts decision `generation` into force: slices or masks, and moves groups between uneven ranks.
+    ///
+    /// # Errors
+    /// When the mask would bring something back.
+    fn apply_mask(&mut self, generation: u64, keep_mask: &KeepMask) -> Result<MaskApplied, EngineError>;
+
+    /// Negative log likelihood of all tokens but the first of every row, `rows_per_pass` rows at a time.
+    ///
+    /// # Errors
+    /// A lost peer.
+    fn evaluate(&mut self, rows: &[&[u32]], rows_per_pass: usize) -> Result<NllSum, EngineError>;
+
+    /// Writes this rank's LoRA factors, moments and its part of the logits on `prompts` to `file` and returns its
+    /// SHA-256 in hex.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    fn checkpoint(&mut self, file: &Path, prompts: &[Vec<u32>]) -> Result<String, EngineError>;
+
+    /// Resident memory of this rank in bytes: of the device, or of the process on a CPU.
+    fn memory_bytes(&self) -> u64;
+}

@@ -1,0 +1,1 @@
+//! A small deterministic engine without tensors, for testing the services.
