@@ -8,6 +8,7 @@ MAKEFLAGS += --no-builtin-rules
 
 CARGO ?= cargo
 PYTHON ?= python3
+export PYTHON
 
 ESPALIER := target/release/espalier
 DEMO := .cache/demo
@@ -41,7 +42,7 @@ demo: build ## prune SmolLM2-135M by half with two tensor-parallel workers; repo
 	@echo "the pruned model is in $(DEMO_OUT), its picture in $(DEMO_OUT)/report.html"
 
 # Imported once; the mark is set last, so that an interrupted import is made anew.
-$(DEMO_MODEL)/.imported: $(DEMO)/SmolLM2-135M-Instruct.Q4_1.gguf
+$(DEMO_MODEL)/.imported: $(DEMO)/SmolLM2-135M-Instruct.Q4_1.gguf $(ESPALIER)
 	rm -rf $(DEMO_MODEL)
 	$(ESPALIER) import --gguf $< --out $(DEMO_MODEL)
 	@touch $@

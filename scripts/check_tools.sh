@@ -28,16 +28,17 @@ for compiler in "${CC:-cc}" "${CXX:-c++}"; do
   $compiler --version >/dev/null 2>&1 || lack "a C and C++ compiler (no '$compiler'): apt-get install g++"
 done
 
+python3=${PYTHON:-python3}
 wanted_python=3.9
 [ "${1-}" = --tests ] && wanted_python=3.11
-python=$(python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || python=
+python=$("$python3" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || python=
 if [ -z "$python" ]; then
   lack "python3 $wanted_python or newer (found none): apt-get install python3 python3-pip python3-venv"
 else
   at_least "$python" "$wanted_python" || lack "python3 $wanted_python or newer (found $python)"
-  python3 -c 'import pip' 2>/dev/null || lack "pip for python3: apt-get install python3-pip"
+  "$python3" -c 'import pip' 2>/dev/null || lack "pip for python3: apt-get install python3-pip"
   if [ "${1-}" = --tests ]; then
-    python3 -c 'import venv, ensurepip' 2>/dev/null || lack "venv for python3: apt-get install python3-venv"
+    "$python3" -c 'import venv, ensurepip' 2>/dev/null || lack "venv for python3: apt-get install python3-venv"
   fi
 fi
 
