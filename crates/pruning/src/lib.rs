@@ -1,6 +1,27 @@
 //! From scores to one global keep mask: normalise, combine, average, decide. One place and one order, so that the mask
 //! depends neither on the order in which scores arrive nor on how the ranks are split.
+//!
+//! ```text
+//! chunks ─ ScoreAssembly ─▶ StepScores ─ combine ─▶ GroupImportance ─ MovingAverage ─ decide ─▶ KeepMask
+//!                           recipe ─ Target::resolve ─▶ Target ───────────────────────┘
+//! ```
 
+pub mod criterion;
+mod decide;
+mod global_ranking;
+mod importance;
 mod keep_mask;
+mod legal_counts;
+mod moving_average;
+mod scores;
+mod target;
+#[cfg(test)]
+mod testing;
 
-pub use keep_mask::{KeepMask, LayerKeep, NotASubset};
+pub use criterion::random_importance;
+pub use decide::{DecideError, decide};
+pub use importance::{GroupImportance, combine, random_importances};
+pub use keep_mask::{InvalidKeepMask, KeepMask, LayerKeep, NotASubset};
+pub use moving_average::{ImportanceMismatch, MovingAverage};
+pub use scores::{ScoreAssembly, ScoreError, StepScores, unit_count};
+pub use target::{Target, TargetSummary};

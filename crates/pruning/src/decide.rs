@@ -1,0 +1,150 @@
+use crate::global_ranking::rank_globally;
+use crate::importance::group_count;
+use crate::target::Goal;
+use crate::{InvalidKeepMask, KeepMask, LayerKeep, MovingAverage, NotASubset, Target};
+use model_spec::{Block, LayerSpec, ModelSpec};
+use recipe::HeadGrouping;
+use std::cmp::Ordering;
+
+/// Why no mask can be decided.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum DecideError {
+    #[error("share of the target must lie in [0, 1]; got {share}")]
+    Share { share: f64 },
+    #[error("the keep mask in force does not fit the model")]
+    KeepMask(#[source] InvalidKeepMask),
+    #[error("the target was resolved for another model or the average is another run's: they differ at layer {layer}")]
+    OtherModel { layer: usize },
+    #[error("layer {layer}: averaged importance of {block} group {group} is {value}; go back to the last checkpoint")]
+    NotFinite { layer: usize, block: &'static str, group: usize, value: f64 },
+    #[error("layer {layer} keeps {live} {what}, fewer than the {last} of the target")]
+    BelowTarget { layer: usize, what: &'static str, live: usize, last: usize },
+    #[error("the decision would bring a group back")]
+    Growth(#[source] NotASubset),
+}
+
+/// The mask due when `share` of the target is due: the least important of the live groups go.
+///
+/// Equal importances go by index, the lower first (under `global` by layer, attention before mlp, then index). Counts
+/// are met exactly and kept sets only shrink: the decision is a function of its arguments, nothing else.
+///
+/// # Errors
+/// When the arguments do not belong together or an importance is not a finite number.
+pub fn decide(
+    dense: &ModelSpec,
+    keep_now: &KeepMask,
+    average: &MovingAverage,
+    target: &Target,
+    share: f64,
+) -> Result<KeepMask, DecideError> {
+    check(dense, keep_now, average, target, share)?;
+    let decided = match &target.goal {
+        Goal::Counts { last, .. } => {
+            check_above(keep_now, last)?;
+            let due = target.counts_at(share).unwrap_or_default();
+            let layers = keep_now.layers.iter().zip(&average.layers).zip(&dense.layers).zip(due);
+            let layers = layers.map(|(((live, importance), dense), due)| {
+                let channels = drop_lowest(&live.channels, &importance.mlp, due.intermediate_size);
+                match target.legal.grouping() {
+                    HeadGrouping::KvGroups => {
+                        let kv_heads = drop_lowest(&live.kv_heads, &importance.attention, due.kv_head_count);
+                        keep_kv_groups(live, dense, kv_heads, channels)
+                    }
+                    HeadGrouping::QueryHeads => {
+                        let each = due.query_head_count / due.kv_head_count.max(1);
+                        let query_heads = live
+                            .query_heads
+                            .chunk_by(|one, other| dense.kv_head_of(*one) == dense.kv_head_of(*other))
+                            .flat_map(|heads| drop_lowest(heads, &importance.attention, each))
+                            .collect();
+                        LayerKeep { query_heads, kv_heads: live.kv_heads.clone(), channels }
+                    }
+                }
+            });
+            KeepMask { layers: layers.collect() }
+        }
+        Goal::Weights(goal) => rank_globally(dense, keep_now, average, &target.legal, goal, share),
+    };
+    decided.check_subset_of(keep_now).map_err(DecideError::Growth)?;
+    Ok(decided)
+}
+
+/// A layer left with these key/value heads, their live query heads and these channels.
+pub(crate) fn keep_kv_groups(
+    live: &LayerKeep,
+    dense: &LayerSpec,
+    kv_heads: Vec<usize>,
+    channels: Vec<usize>,
+) -> LayerKeep {
+    let kept = |query_head: &usize| kv_heads.binary_search(&dense.kv_head_of(*query_head)).is_ok();
+    LayerKeep { query_heads: live.query_heads.iter().copied().filter(kept).collect(), kv_heads, channels }
+}
+
+/// By importance, then by index. Importances are finite, so the order is total.
+pub(crate) fn by_importance(importance: &[f64]) -> impl Fn(&usize, &usize) -> Ordering + '_ {
+    |one, other| {
+        importance[*one].partial_cmp(&importance[*other]).unwrap_or(Ordering::Equal).then(one.cmp(other))
+    }
+}
+
+/// The `kept_count` most important of `live`, ascending by index; all of them when they are no more.
+fn drop_lowest(live: &[usize], importance: &[f64], kept_count: usize) -> Vec<usize> {
+    let Some(removed_count @ 1..) = live.len().checked_sub(kept_count) else {
+        return live.to_vec();
+    };
+    let order = by_importance(importance);
+    let mut candidates = live.to_vec();
+    let (_, &mut last_removed, _) = candidates.select_nth_unstable_by(removed_count - 1, &order);
+    live.iter().copied().filter(|group| order(group, &last_removed) == Ordering::Greater).collect()
+}
+
+fn check(
+    dense: &ModelSpec,
+    keep_now: &KeepMask,
+    average: &MovingAverage,
+    target: &Target,
+    share: f64,
+) -> Result<(), DecideError> {
+    if !(0.0..=1.0).contains(&share) {
+        return Err(DecideError::Share { share });
+    }
+    keep_now.check_fits(dense).map_err(DecideError::KeepMask)?;
+    let grouping = target.legal.grouping();
+    let layer_count = dense.layers.len();
+    if target.dense_layers.len() != layer_count || average.layers.len() != layer_count {
+        return Err(DecideError::OtherModel { layer: target.dense_layers.len().min(average.layers.len()) });
+    }
+    for (layer, widths) in dense.layers.iter().enumerate() {
+        for (block, name) in [(Block::Attention, "attention"), (Block::Mlp, "mlp")] {
+            let values = average.layers[layer].of(block);
+            if target.dense_layers[layer] != *widths || values.len() != group_count(widths, block, grouping) {
+                return Err(DecideError::OtherModel { layer });
+            }
+            if let Some(group) = values.iter().position(|value| !value.is_finite()) {
+                return Err(DecideError::NotFinite { layer, block: name, group, value: values[group] });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A mask below the target is not one that this run has decided.
+fn check_above(keep_now: &KeepMask, last: &[LayerSpec]) -> Result<(), DecideError> {
+    for (layer, (live, last)) in keep_now.layers.iter().zip(last).enumerate() {
+        let live = live.widths();
+        for (what, live, last) in [
+            ("query heads", live.query_head_count, last.query_head_count),
+            ("key/value heads", live.kv_head_count, last.kv_head_count),
+            ("channels", live.intermediate_size, last.intermediate_size),
+        ] {
+            if live < last {
+                return Err(DecideError::BelowTarget { layer, what, live, last });
+            }
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[path = "decide_tests.rs"]
+mod tests;
