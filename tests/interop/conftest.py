@@ -145,11 +145,14 @@ class Export:
         return MODELS / self.case.model
 
     def manifest(self):
-        return json.loads((self.folder / "manifest.json").read_text())
+        return json.loads((self.folder / "espalier_manifest.json").read_text())
 
     def kept(self):
         """By layer: old indices of query heads, kv heads and channels, in the order of the new ones."""
-        return [(layer["query_heads"], layer["kv_heads"], layer["channels"]) for layer in self.manifest()["layers"]]
+        return [
+            (layer["kept_query_heads"], layer["kept_kv_heads"], layer["kept_channels"])
+            for layer in self.manifest()["layers"]
+        ]
 
 
 @pytest.fixture(scope="session")

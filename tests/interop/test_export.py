@@ -1,5 +1,7 @@
 """Pruned models as stock `transformers` sees them."""
 
+import hashlib
+
 import pytest
 import torch
 from conftest import LORA_RANK, Case, head_dim_of, load_in_transformers, read_config, read_tensors
@@ -109,6 +111,23 @@ def test_parameters_are_as_many_as_the_config_says(export):
     assert sum(tensor.numel() for tensor in tensors.values()) == expected
     assert load_in_transformers(export.folder).num_parameters() == expected
     assert ("lm_head.weight" in tensors) == (not config["tie_word_embeddings"])
+
+
+def test_the_manifest_counts_and_digests_what_is_there(export):
+    manifest, written = export.manifest(), read_tensors(export.folder)
+    source = read_tensors(export.source_folder)
+    assert manifest["source_model"]["name"] == export.case.model
+    assert manifest["parameters_before"] == sum(tensor.numel() for tensor in source.values())
+    # Zeros that pad unequal layers to the widest are counted: they are in the files.
+    assert manifest["parameters_after"] == sum(tensor.numel() for tensor in written.values())
+    listed = {file["name"]: file for file in manifest["files"]}
+    assert sorted([*listed, "espalier_manifest.json"]) == sorted(file.name for file in export.folder.iterdir())
+    for folder, files in ((export.folder, manifest["files"]), (export.source_folder, manifest["source_model"]["files"])):
+        assert any(file["name"].endswith(".safetensors") for file in files)
+        for file in files:
+            content = (folder / file["name"]).read_bytes()
+            assert len(content) == file["size_bytes"]
+            assert hashlib.sha256(content).hexdigest() == file["sha256"]
 
 
 def test_the_share_removed_is_the_one_asked_for(export):
