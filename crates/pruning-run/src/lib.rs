@@ -1,1 +1,30 @@
+//! A run as a state machine: `transition(run, event, now) -> (run, effects)`.
+//!
+//! Pure: it reads no clock, waits for nothing and talks to nobody. The coordinator's driver performs the effects and
+//! brings their outcomes back as events; given the same events the same decisions follow, bit for bit.
+//!
+//! What it guards, after every event:
+//! 1. No decision without exactly one score for every live group and projection of every step up to it.
+//! 2. Arrival order, chunking and the split over ranks do not change a decision.
+//! 3. Kept sets only shrink; sparsity never falls; protected layers are never touched.
+//! 4. A repeated acknowledgement is harmless, one of another generation is refused.
+//! 5. No rank trains while ranks hold different generations.
+//! 6. Nothing happens after a run has ended.
 
+mod effect;
+mod event;
+mod ids;
+mod log;
+mod run;
+mod setup;
+mod steps;
+mod training;
+mod transition;
+
+pub use effect::{Effect, Refusal};
+pub use event::{Event, Fault, RankReport, ShardFile};
+pub use ids::{Generation, RunId, WorkerId};
+pub use log::{Decision, Evaluation, ExportResult, RunEvent, RunEventKind, RunState, StepReport};
+pub use run::Run;
+pub use setup::{RunOptions, RunSetup, SetupError};
+pub use transition::transition;

@@ -1,0 +1,88 @@
+use crate::{ExportResult, Generation, WorkerId};
+use model_spec::Projection;
+use serde::{Deserialize, Serialize};
+use std::time::Duration;
+
+/// What can happen to a run: outcomes of its effects, and the world breaking in.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Event {
+    /// The run is still queued: `idle` of `registered` workers could take it.
+    WorkersShort { idle: usize, registered: usize },
+    /// A whole group was taken, by tensor-parallel rank.
+    WorkersAssigned { workers: Vec<WorkerId> },
+    /// A rank has loaded its shard.
+    Loaded { tp_rank: usize, data_sha256: String },
+    /// Rank 0 has opened the meeting point.
+    RendezvousOpened { rendezvous: Vec<u8> },
+    /// A rank's communicator stands.
+    Joined { tp_rank: usize },
+    /// Some raw group sums of one projection.
+    ///
+    /// The values are of the units that this rank holds under `generation`, ascending, from place `first_unit` of that
+    /// list on.
+    Scores {
+        tp_rank: usize,
+        step: u64,
+        generation: Generation,
+        layer: usize,
+        projection: Projection,
+        first_unit: usize,
+        values: Vec<f64>,
+    },
+    /// A rank has ended a step; all of the step's scores came before.
+    StepEnded { tp_rank: usize, report: RankReport },
+    /// A rank's stream of steps has ended in good order.
+    TrainEnded { tp_rank: usize },
+    /// A rank has put a decision into force.
+    MaskApplied { tp_rank: usize, generation: Generation },
+    /// A rank has measured the held-out text.
+    Evaluated { tp_rank: usize, negative_log_likelihood: f64, predicted_tokens: u64, duration: Duration },
+    /// A rank has written its state.
+    Checkpointed { tp_rank: usize, shard: ShardFile },
+    /// All sessions have ended and their memory is free.
+    SessionsAborted,
+    /// The result is written and checked.
+    Exported { result: ExportResult },
+    /// A call to a rank failed, or its deadline passed.
+    RankFailed { tp_rank: usize, fault: Fault },
+    /// A worker's lease ran out, or it came back as another process.
+    WorkerLost { worker: WorkerId, cause: String },
+    /// The coordinator itself cannot go on, for instance because its disk is full.
+    CoordinatorFailed { cause: String },
+    /// Someone asked for the end.
+    CancelRequested { reason: String },
+    /// The time asked for with [`crate::Effect::WakeAt`] has come.
+    Woken,
+}
+
+/// Why a call to a rank failed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Fault {
+    /// The rank's own.
+    Own(String),
+    /// A peer did not answer it: some other rank is to blame.
+    PeerLost(String),
+}
+
+/// What one rank says of one step.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct RankReport {
+    pub step: u64,
+    pub loss: f64,
+    pub grad_norm: f64,
+    pub learning_rate: f64,
+    pub tokens: u64,
+    pub duration: Duration,
+    pub score_duration: Duration,
+    pub memory_bytes: u64,
+    pub generation: Generation,
+}
+
+/// One rank's checkpoint file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShardFile {
+    /// Name within the checkpoint folder.
+    pub file: String,
+    /// SHA-256 in hex.
+    pub sha256: String,
+}

@@ -1,0 +1,132 @@
+//! What a run tells the world: numbered events, from which everything shown of a run can be rebuilt.
+
+use crate::Generation;
+use model_spec::LayerSpec;
+use pruning::{KeepMask, LayerKeep};
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+/// Something that happened in a run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RunEvent {
+    /// 1 for a run's first event, then rising by one.
+    pub revision: u64,
+    pub time: SystemTime,
+    pub kind: RunEventKind,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RunEventKind {
+    StateChange { state: RunState, message: String },
+    Step(StepReport),
+    Decision(Arc<Decision>),
+    Evaluation(Evaluation),
+    Export(ExportResult),
+}
+
+/// Where a run stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RunState {
+    /// Waits for idle workers.
+    Queued,
+    /// Workers load their shards and form their group.
+    Starting,
+    /// Workers train, prune or measure.
+    Running,
+    /// The result is written and checked.
+    Exporting,
+    Succeeded,
+    Failed,
+    Cancelled,
+}
+
+impl RunState {
+    /// Whether nothing can happen any more.
+    #[must_use]
+    pub fn has_ended(self) -> bool {
+        match self {
+            Self::Queued | Self::Starting | Self::Running | Self::Exporting => false,
+            Self::Succeeded | Self::Failed | Self::Cancelled => true,
+        }
+    }
+}
+
+/// What one optimizer step did, all ranks taken together.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct StepReport {
+    /// 0-based.
+    pub step: u64,
+    /// Mean negative log likelihood, in nats.
+    pub loss: f64,
+    /// Global L2 norm of the gradients before clipping.
+    pub grad_norm: f64,
+    pub learning_rate: f64,
+    pub tokens: u64,
+    /// Of the slowest rank.
+    pub duration: Duration,
+    /// Part of `duration` spent on scores.
+    pub score_duration: Duration,
+    /// Of the fullest rank.
+    pub memory_bytes: u64,
+    /// Fraction of projection weights gone during this step.
+    pub sparsity: f64,
+    /// Mask in force during this step.
+    pub generation: Generation,
+}
+
+/// One numbered, immutable choice of what stays.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Decision {
+    pub generation: Generation,
+    /// The step whose scores were the last to enter.
+    pub step: u64,
+    /// Fraction of all projection weights that is gone.
+    pub sparsity: f64,
+    /// Parameters of the whole model that stay.
+    pub parameters: u64,
+    pub keep_mask: KeepMask,
+}
+
+impl Decision {
+    /// Kept counts by layer.
+    #[must_use]
+    pub fn widths(&self) -> Vec<LayerSpec> {
+        self.keep_mask.layers.iter().map(LayerKeep::widths).collect()
+    }
+}
+
+/// A measured perplexity.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Evaluation {
+    /// What was measured: `dense`, `pruned` or `tuned`.
+    pub label: String,
+    pub perplexity: f64,
+    /// Sum over predicted tokens, in nats.
+    pub negative_log_likelihood: f64,
+    pub predicted_tokens: u64,
+    /// Optimizer steps done when it was measured.
+    pub step: u64,
+    /// Wall time of the slowest rank.
+    pub duration: Duration,
+}
+
+/// What an export wrote and what its check found.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ExportResult {
+    pub path: String,
+    /// Parameters written, padding included.
+    pub parameters: u64,
+    pub weight_bytes: u64,
+    pub model_type: String,
+    pub manifest_sha256: String,
+    /// Largest difference between a logit of the run and of the reloaded folder.
+    pub max_logit_difference: f64,
+    pub max_logit: f64,
+    /// Share of positions whose most likely token is the same.
+    pub top_token_agreement: f64,
+    /// Mean KL divergence from the run's distribution to the reloaded folder's, in nats.
+    pub mean_kl: f64,
+}

@@ -1,0 +1,115 @@
+use model_spec::ModelSpec;
+use pruning::Target;
+use recipe::{Criterion, FieldViolation, Recipe};
+use sharding::{Placement, PlacementError};
+use std::time::Duration;
+
+/// What fixes the course of a run, checked once.
+#[derive(Debug, Clone)]
+pub struct RunSetup {
+    dense: ModelSpec,
+    recipe: Recipe,
+    target: Option<Target>,
+    placement: Placement,
+    pruning_steps: Vec<u64>,
+    options: RunOptions,
+}
+
+/// What a run does beside training.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RunOptions {
+    /// Measure the held-out text before the first step and after the last.
+    pub evaluates: bool,
+    /// Write the result.
+    pub exports: bool,
+    /// How long a rank that has lost a peer waits for the culprit to be found, before it is named itself.
+    pub blame_grace: Duration,
+}
+
+/// All that is wrong with a setup.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[error("the run cannot be set up: {} things are wrong", .recipe.len() + usize::from(.placement.is_some()))]
+pub struct SetupError {
+    /// By path within the recipe.
+    pub recipe: Vec<FieldViolation>,
+    pub placement: Option<PlacementError>,
+}
+
+impl RunSetup {
+    /// # Errors
+    /// Everything wrong with the recipe, alone and on this model, and with the degree.
+    pub fn new(
+        dense: ModelSpec,
+        recipe: Recipe,
+        tp_degree: usize,
+        options: RunOptions,
+    ) -> Result<Self, SetupError> {
+        let mut violations = recipe.violations();
+        let target = match &recipe.pruning {
+            Some(pruning) if violations.is_empty() && recipe.steps > 0 => {
+                Target::resolve(&dense, pruning).map_err(|more| violations.extend(more)).ok()
+            }
+            Some(_) | None => None,
+        };
+        match Placement::dense(&dense, tp_degree) {
+            Ok(placement) if violations.is_empty() => {
+                let pruning_steps = recipe.pruning_steps();
+                Ok(Self { dense, recipe, target, placement, pruning_steps, options })
+            }
+            placement => Err(SetupError { recipe: violations, placement: placement.err() }),
+        }
+    }
+
+    #[must_use]
+    pub fn dense(&self) -> &ModelSpec {
+        &self.dense
+    }
+
+    #[must_use]
+    pub fn recipe(&self) -> &Recipe {
+        &self.recipe
+    }
+
+    /// What the last decision arrives at; absent when nothing is pruned.
+    #[must_use]
+    pub fn target(&self) -> Option<&Target> {
+        self.target.as_ref()
+    }
+
+    /// Who holds what of the dense model.
+    #[must_use]
+    pub fn placement(&self) -> &Placement {
+        &self.placement
+    }
+
+    #[must_use]
+    pub fn options(&self) -> RunOptions {
+        self.options
+    }
+
+    #[must_use]
+    pub fn tp_degree(&self) -> usize {
+        self.placement.tp_degree()
+    }
+
+    /// Steps after which a mask is decided, in order.
+    #[must_use]
+    pub fn pruning_steps(&self) -> &[u64] {
+        &self.pruning_steps
+    }
+
+    /// Whether the workers' scores of `step` enter a decision.
+    pub(crate) fn wants_scores(&self, step: u64) -> bool {
+        let scored = self.recipe.pruning.as_ref().is_some_and(|pruning| match pruning.criterion {
+            Criterion::LoraPrune { .. } | Criterion::Taylor | Criterion::Magnitude => true,
+            Criterion::Random => false,
+        });
+        scored && self.pruning_steps.last().is_some_and(|last| step <= *last)
+    }
+
+    /// The step after the last of the stretch that starts at `first_step`: it ends with a decision or with the run.
+    pub(crate) fn segment_end(&self, first_step: u64) -> u64 {
+        let decision = self.pruning_steps.iter().find(|step| **step >= first_step);
+        decision.map_or(self.recipe.steps, |step| step + 1)
+    }
+}

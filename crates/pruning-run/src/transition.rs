@@ -1,0 +1,435 @@
+use crate::event::Fault;
+use crate::run::{Answer, Gather, Phase, Suspect};
+use crate::training::{Chunk, Segment, StreamFault};
+use crate::{
+    Effect, Evaluation, Event, ExportResult, Generation, RankReport, Refusal, Run, RunEventKind, RunState,
+    ShardFile, WorkerId,
+};
+use std::time::{Duration, SystemTime};
+
+/// Two ranks' losses, or likelihoods, may differ by this much of their size: they are sums over the same reductions.
+const AGREEMENT: f64 = 1e-6;
+
+/// What `event` makes of `run`, and what must be done about it, in order.
+///
+/// An event that does not fit changes nothing and is refused; a worker that breaks the protocol, a number that is not
+/// finite and ranks that disagree end the run as FAILED.
+#[must_use]
+pub fn transition(mut run: Run, event: Event, now: SystemTime) -> (Run, Vec<Effect>) {
+    let mut effects = Vec::new();
+    if !run.state.has_ended() {
+        Transition { run: &mut run, now, effects: &mut effects }.on(event);
+    }
+    (run, effects)
+}
+
+/// One event at work on a run.
+pub(crate) struct Transition<'a> {
+    pub(crate) run: &'a mut Run,
+    pub(crate) now: SystemTime,
+    pub(crate) effects: &'a mut Vec<Effect>,
+}
+
+impl Transition<'_> {
+    fn on(&mut self, event: Event) {
+        match event {
+            Event::WorkersShort { idle, registered } => self.workers_short(idle, registered),
+            Event::WorkersAssigned { workers } => self.workers_assigned(workers),
+            Event::Loaded { tp_rank, data_sha256 } => self.loaded(tp_rank, data_sha256),
+            Event::RendezvousOpened { rendezvous } => self.rendezvous_opened(rendezvous),
+            Event::Joined { tp_rank } => self.joined(tp_rank),
+            Event::Scores { tp_rank, step, generation, layer, projection, first_unit, values } => {
+                let chunk = Chunk { step, generation, layer, projection, first_unit, values: &values };
+                self.scores(tp_rank, &chunk);
+            }
+            Event::StepEnded { tp_rank, report } => self.step_ended(tp_rank, report),
+            Event::TrainEnded { tp_rank } => self.train_ended(tp_rank),
+            Event::MaskApplied { tp_rank, generation } => self.mask_applied(tp_rank, generation),
+            Event::Evaluated { tp_rank, negative_log_likelihood, predicted_tokens, duration } => {
+                self.evaluated(tp_rank, Answer { negative_log_likelihood, predicted_tokens, duration });
+            }
+            Event::Checkpointed { tp_rank, shard } => self.checkpointed(tp_rank, shard),
+            Event::SessionsAborted => self.sessions_aborted(),
+            Event::Exported { result } => self.exported(result),
+            Event::RankFailed { tp_rank, fault } => self.rank_failed(tp_rank, fault),
+            Event::WorkerLost { worker, cause } => self.worker_lost(&worker, &cause),
+            Event::CoordinatorFailed { cause } => self.fail(format!("the coordinator cannot go on: {cause}")),
+            Event::CancelRequested { reason } => {
+                self.run.end(RunState::Cancelled, reason, self.now, self.effects);
+            }
+            Event::Woken => self.woken(),
+        }
+    }
+
+    // --- getting started ---
+
+    fn workers_short(&mut self, now_idle: usize, now_registered: usize) {
+        let needed = self.run.tp_degree();
+        let Phase::Queued { idle, registered } = &mut self.run.phase else {
+            return self.refuse("a count of idle workers", 0);
+        };
+        if (*idle, *registered) != (now_idle, now_registered) {
+            (*idle, *registered) = (now_idle, now_registered);
+            let message = match now_registered {
+                0 => format!("needs {needed} idle workers; none is registered"),
+                _ => {
+                    format!("needs {needed} idle workers; {now_idle} of {now_registered} registered are idle")
+                }
+            };
+            self.enter(RunState::Queued, message);
+        }
+    }
+
+    fn workers_assigned(&mut self, workers: Vec<WorkerId>) {
+        let Phase::Queued { .. } = self.run.phase else { return self.refuse("an assignment", 0) };
+        let tp_degree = self.run.tp_degree();
+        if workers.len() != tp_degree {
+            return self
+                .fail(format!("{} workers were assigned where {tp_degree} are needed", workers.len()));
+        }
+        let names = workers.iter().map(|worker| format!("`{worker}`")).collect::<Vec<_>>().join(", ");
+        self.run.workers = workers;
+        self.enter(RunState::Starting, format!("loads the model on {names}"));
+        self.run.phase = Phase::Loading { data_sha256: Gather::new(tp_degree) };
+        self.effects.push(Effect::Load);
+    }
+
+    fn loaded(&mut self, tp_rank: usize, data: String) {
+        if !self.is_rank("an answer to Load", tp_rank) {
+            return;
+        }
+        let Phase::Loading { data_sha256 } = &mut self.run.phase else {
+            return self.refuse("an answer to Load", tp_rank);
+        };
+        let Some(digests) = data_sha256.put(tp_rank, data) else { return };
+        if let Some(other) = digests.iter().position(|digest| *digest != digests[0]) {
+            let other = self.run.name(other);
+            return self.fail(format!(
+                "{other} has loaded other training data than rank 0; give all workers the same files"
+            ));
+        }
+        if self.run.tp_degree() > 1 {
+            self.run.phase = Phase::OpeningRendezvous;
+            self.effects.push(Effect::OpenRendezvous);
+        } else {
+            self.join(Vec::new());
+        }
+    }
+
+    fn rendezvous_opened(&mut self, rendezvous: Vec<u8>) {
+        match self.run.phase {
+            Phase::OpeningRendezvous => self.join(rendezvous),
+            _ => self.refuse("a rendezvous", 0),
+        }
+    }
+
+    fn join(&mut self, rendezvous: Vec<u8>) {
+        self.run.phase = Phase::Joining { joined: Gather::new(self.run.tp_degree()) };
+        self.effects.push(Effect::JoinGroup { rendezvous });
+    }
+
+    fn joined(&mut self, tp_rank: usize) {
+        if !self.is_rank("an answer to JoinGroup", tp_rank) {
+            return;
+        }
+        let Phase::Joining { joined } = &mut self.run.phase else {
+            return self.refuse("an answer to JoinGroup", tp_rank);
+        };
+        if joined.put(tp_rank, ()).is_none() {
+            return;
+        }
+        let message = match (self.run.setup.recipe().steps, self.run.setup.target().is_some()) {
+            (0, _) => "measures the model as it is".to_owned(),
+            (steps, true) => {
+                format!(
+                    "tunes and prunes over {steps} steps, {} decisions",
+                    self.run.setup.pruning_steps().len()
+                )
+            }
+            (steps, false) => format!("tunes over {steps} steps"),
+        };
+        self.enter(RunState::Running, message);
+        if self.run.setup.options().evaluates {
+            self.evaluate("dense");
+        } else {
+            self.train();
+        }
+    }
+
+    // --- the middle: measure, train, decide ---
+
+    fn evaluate(&mut self, label: &'static str) {
+        self.run.phase = Phase::Evaluating { label, answers: Gather::new(self.run.tp_degree()) };
+        self.effects.push(Effect::Evaluate);
+    }
+
+    fn evaluated(&mut self, tp_rank: usize, answer: Answer) {
+        if !self.is_rank("a measurement", tp_rank) {
+            return;
+        }
+        let Phase::Evaluating { label, answers } = &mut self.run.phase else {
+            return self.refuse("a measurement", tp_rank);
+        };
+        let label = *label;
+        let Some(answers) = answers.put(tp_rank, answer) else { return };
+        if let Some(bad) = answers
+            .iter()
+            .position(|answer| !answer.negative_log_likelihood.is_finite() || answer.predicted_tokens == 0)
+        {
+            let (name, answer) = (self.run.name(bad), answers[bad]);
+            return self.fail(format!(
+                "the {label} model cannot be measured: {name} reports {} nats over {} tokens",
+                answer.negative_log_likelihood, answer.predicted_tokens
+            ));
+        }
+        let first = answers[0];
+        if let Some(other) = answers.iter().position(|answer| {
+            answer.predicted_tokens != first.predicted_tokens
+                || !agree(answer.negative_log_likelihood, first.negative_log_likelihood)
+        }) {
+            let (name, answer) = (self.run.name(other), answers[other]);
+            return self.fail(format!(
+                "ranks diverged while measuring the {label} model: {} nats over {} tokens on rank 0, {} over {} on {name}",
+                first.negative_log_likelihood,
+                first.predicted_tokens,
+                answer.negative_log_likelihood,
+                answer.predicted_tokens
+            ));
+        }
+        let evaluation = Evaluation {
+            label: label.to_owned(),
+            perplexity: (first.negative_log_likelihood / first.predicted_tokens as f64).exp(),
+            negative_log_likelihood: first.negative_log_likelihood,
+            predicted_tokens: first.predicted_tokens,
+            step: self.run.next_step,
+            duration: answers.iter().map(|answer| answer.duration).max().unwrap_or(Duration::ZERO),
+        };
+        self.record(RunEventKind::Evaluation(evaluation));
+        if self.run.next_step < self.run.setup.recipe().steps {
+            self.train();
+        } else {
+            self.wind_up();
+        }
+    }
+
+    /// Runs the next stretch of steps, or goes on to the end when none is left.
+    pub(crate) fn train(&mut self) {
+        let (first_step, steps) = (self.run.next_step, self.run.setup.recipe().steps);
+        if first_step < steps {
+            let end_step = self.run.setup.segment_end(first_step);
+            let generation = self.run.generation;
+            let segment = Segment::new(first_step..end_step, generation, self.run.tp_degree());
+            self.run.phase = Phase::Training(segment);
+            self.effects.push(Effect::Train { first_step, end_step, generation });
+        } else if steps > 0 && self.run.setup.options().evaluates {
+            self.evaluate(if self.run.setup.target().is_some() { "pruned" } else { "tuned" });
+        } else {
+            self.wind_up();
+        }
+    }
+
+    fn scores(&mut self, tp_rank: usize, chunk: &Chunk<'_>) {
+        if !self.is_rank("scores", tp_rank) {
+            return;
+        }
+        let run = &mut *self.run;
+        let Phase::Training(segment) = &mut run.phase else { return self.refuse("scores", tp_rank) };
+        let needed = run.setup.wants_scores(chunk.step).then_some((
+            run.setup.dense(),
+            run.keep_mask.as_ref(),
+            &run.placement,
+        ));
+        if let Err(fault) = segment.scores(tp_rank, chunk, needed) {
+            self.stream_fault(tp_rank, &fault);
+        }
+    }
+
+    fn step_ended(&mut self, tp_rank: usize, report: RankReport) {
+        if !self.is_rank("a step report", tp_rank) {
+            return;
+        }
+        let Phase::Training(segment) = &mut self.run.phase else {
+            return self.refuse("a step report", tp_rank);
+        };
+        if let Err(fault) = segment.report(tp_rank, report) {
+            return self.stream_fault(tp_rank, &fault);
+        }
+        self.end_steps();
+        self.end_segment();
+    }
+
+    fn train_ended(&mut self, tp_rank: usize) {
+        if !self.is_rank("the end of training", tp_rank) {
+            return;
+        }
+        let Phase::Training(segment) = &mut self.run.phase else {
+            return self.refuse("the end of training", tp_rank);
+        };
+        if let Err(fault) = segment.stream_end(tp_rank) {
+            return self.stream_fault(tp_rank, &fault);
+        }
+        self.end_segment();
+    }
+
+    fn end_segment(&mut self) {
+        let Phase::Training(segment) = &self.run.phase else { return };
+        if !segment.is_complete() {
+            return;
+        }
+        self.run.next_step = segment.end_step();
+        let last_step = segment.end_step() - 1;
+        if self.run.setup.pruning_steps().binary_search(&last_step).is_ok() {
+            self.decide(last_step);
+        } else {
+            self.train();
+        }
+    }
+
+    fn mask_applied(&mut self, tp_rank: usize, actual: Generation) {
+        if !self.is_rank("an acknowledgement", tp_rank) {
+            return;
+        }
+        let expected = self.run.generation;
+        if actual != expected {
+            return self.effects.push(Effect::Refuse(Refusal::OtherGeneration { tp_rank, expected, actual }));
+        }
+        // The generation in force, acknowledged once more, changes nothing in any phase.
+        if let Phase::ApplyingMask { acknowledged } = &mut self.run.phase
+            && acknowledged.put(tp_rank, ()).is_some()
+        {
+            self.train();
+        }
+    }
+
+    // --- the end ---
+
+    /// All steps are done and measured.
+    fn wind_up(&mut self) {
+        let exports = self.run.setup.options().exports;
+        if self.run.setup.recipe().steps == 0 && !exports {
+            let message = self.run.summary(None);
+            return self.run.end(RunState::Succeeded, message, self.now, self.effects);
+        }
+        self.run.phase = Phase::Checkpointing { shards: Gather::new(self.run.tp_degree()) };
+        self.effects.push(Effect::Checkpoint);
+    }
+
+    fn checkpointed(&mut self, tp_rank: usize, shard: ShardFile) {
+        if !self.is_rank("a checkpoint", tp_rank) {
+            return;
+        }
+        let Phase::Checkpointing { shards } = &mut self.run.phase else {
+            return self.refuse("a checkpoint", tp_rank);
+        };
+        let Some(shards) = shards.put(tp_rank, shard) else { return };
+        self.run.shards = Some(shards);
+        if self.run.setup.options().exports {
+            self.enter(RunState::Exporting, "merges, writes and checks the result".into());
+            self.run.phase = Phase::FreeingMemory;
+            self.effects.push(Effect::AbortSessions);
+        } else {
+            let message = self.run.summary(None);
+            self.run.end(RunState::Succeeded, message, self.now, self.effects);
+        }
+    }
+
+    fn sessions_aborted(&mut self) {
+        let Phase::FreeingMemory = self.run.phase else { return self.refuse("the end of the sessions", 0) };
+        self.run.phase = Phase::Exporting;
+        let shards = self.run.shards.clone().unwrap_or_default();
+        debug_assert_eq!(shards.len(), self.run.tp_degree(), "every rank has written its state");
+        self.effects.push(Effect::ReleaseAllButFirst);
+        self.effects.push(Effect::Export { shards, keep_mask: self.run.keep_mask.clone() });
+    }
+
+    fn exported(&mut self, result: ExportResult) {
+        let Phase::Exporting = self.run.phase else { return self.refuse("an export", 0) };
+        let message = self.run.summary(Some(&result));
+        self.record(RunEventKind::Export(result));
+        self.run.end(RunState::Succeeded, message, self.now, self.effects);
+    }
+
+    // --- what goes wrong ---
+
+    fn rank_failed(&mut self, tp_rank: usize, fault: Fault) {
+        if !self.is_rank("a failure", tp_rank) || self.is_released(tp_rank) {
+            return;
+        }
+        let doing = self.run.doing();
+        match fault {
+            Fault::Own(message) => {
+                self.fail(format!("{} failed while {doing}: {message}", self.run.name(tp_rank)));
+            }
+            Fault::PeerLost(message) => {
+                if self.run.suspects.iter().any(|suspect| suspect.tp_rank == tp_rank) {
+                    return;
+                }
+                let until = self.now + self.run.setup.options().blame_grace;
+                let message = format!("{} failed while {doing}: {message}", self.run.name(tp_rank));
+                self.run.suspects.push(Suspect { tp_rank, message, until });
+                if self.run.suspects.len() == self.run.tp_degree() {
+                    let first = self.run.suspects[0].message.clone();
+                    self.fail(first);
+                } else {
+                    self.effects.push(Effect::WakeAt(until));
+                }
+            }
+        }
+    }
+
+    fn woken(&mut self) {
+        if let Some(due) = self.run.suspects.iter().find(|suspect| suspect.until <= self.now) {
+            let message = due.message.clone();
+            self.fail(message);
+        }
+    }
+
+    fn worker_lost(&mut self, worker: &WorkerId, cause: &str) {
+        let Some(tp_rank) = self.run.workers.iter().position(|held| held == worker) else { return };
+        if !self.is_released(tp_rank) {
+            let message = format!("{} was lost while {}: {cause}", self.run.name(tp_rank), self.run.doing());
+            self.fail(message);
+        }
+    }
+
+    /// Whether the run needs this rank no more.
+    fn is_released(&self, tp_rank: usize) -> bool {
+        tp_rank > 0 && matches!(self.run.phase, Phase::Exporting)
+    }
+
+    fn stream_fault(&mut self, tp_rank: usize, fault: &StreamFault) {
+        let message = format!("{} failed while {}: {fault}", self.run.name(tp_rank), self.run.doing());
+        self.fail(message);
+    }
+
+    pub(crate) fn fail(&mut self, message: String) {
+        self.run.fail(message, self.now, self.effects);
+    }
+
+    fn enter(&mut self, state: RunState, message: String) {
+        self.run.enter(state, message, self.now, self.effects);
+    }
+
+    pub(crate) fn record(&mut self, kind: RunEventKind) {
+        self.run.record(kind, self.now, self.effects);
+    }
+
+    fn refuse(&mut self, event: &'static str, tp_rank: usize) {
+        self.effects.push(Effect::Refuse(Refusal::OutOfPlace { event, tp_rank }));
+    }
+
+    /// Whether a rank of that number exists; an event of any other is refused.
+    fn is_rank(&mut self, event: &'static str, tp_rank: usize) -> bool {
+        let tp_degree = self.run.tp_degree();
+        let known = tp_rank < tp_degree;
+        if !known {
+            self.effects.push(Effect::Refuse(Refusal::UnknownRank { event, tp_rank, tp_degree }));
+        }
+        known
+    }
+}
+
+/// Whether two ranks' figures are the same but for rounding.
+pub(crate) fn agree(one: f64, other: f64) -> bool {
+    (one - other).abs() <= AGREEMENT * one.abs().max(other.abs()).max(1.0)
+}
