@@ -90,9 +90,11 @@ class Espalier:
 
     def logits(self, model, tokens, out):
         """Our logits [tokens, vocab] of one row of token ids."""
-        tokens = ",".join(str(token) for token in tokens)
-        self.run(["logits", "--model", model, "--tokens", tokens, "--out", out], LOGITS_TIMEOUT_SECONDS)
-        return load_file(out)["logits"]
+        joined = ",".join(str(token) for token in tokens)
+        self.run(["logits", "--model", model, "--tokens", joined, "--out", out], LOGITS_TIMEOUT_SECONDS)
+        written = load_file(out)
+        assert written["input_ids"].tolist() == [list(tokens)]
+        return written["logits"][0]
 
 
 def find_binary():
@@ -163,10 +165,11 @@ def export_of(espalier, tmp_path_factory):
     def prune(case):
         if case not in done:
             done[case] = None
-            out = tmp_path_factory.mktemp("export") / "model"
+            out = tmp_path_factory.mktemp("pruned")
             stdout = espalier.run(case.arguments(out), PRUNE_TIMEOUT_SECONDS)
-            assert (out / "config.json").is_file(), f"no model at {out} after a run that said:\n{stdout}"
-            done[case] = Export(case, out)
+            folder = out / "model"
+            assert (folder / "config.json").is_file(), f"no model at {folder} after a run that said:\n{stdout}"
+            done[case] = Export(case, folder)
         if done[case] is None:
             pytest.fail(f"pruning has failed already for {case.id}")
         return done[case]
