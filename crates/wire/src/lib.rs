@@ -1,5 +1,18 @@
 //! The contract between processes: generated messages and services, conversions into domain types, clients, and the one
 //! table from errors to statuses.
+//!
+//! Messages are converted once, on receipt. A conversion names every field that is wrong, not only the first.
+
+pub mod client;
+pub mod convert;
+mod fields;
+pub mod limits;
+mod spec;
+pub mod status;
+
+pub use fields::{InvalidFields, Violations};
+pub use recipe::FieldViolation;
+pub use spec::{EvaluationMode, EvaluationSpec, ExportDtype, ExportSpec, RunSpec, TextFormat, TextSource};
 
 /// Messages, clients and servers generated from `proto/espalier/v1`.
 pub mod pb {
