@@ -98,7 +98,11 @@ impl AdaptedWeight<'_> {
     }
 }
 
-pub(crate) fn check_shape(what: &'static str, values: &[f64], shape: [usize; 2]) -> Result<(), ShapeMismatch> {
+pub(crate) fn check_shape(
+    what: &'static str,
+    values: &[f64],
+    shape: [usize; 2],
+) -> Result<(), ShapeMismatch> {
     if shape[0].checked_mul(shape[1]) == Some(values.len()) {
         Ok(())
     } else {
@@ -150,9 +154,18 @@ mod tests {
             lora_b: &[0.0; 2],
         };
         for (weight, message) in [
-            (AdaptedWeight { weight: &[0.0; 5], ..good }, "`weight` holds 5 numbers; its shape [2, 3] needs 6"),
-            (AdaptedWeight { lora_a: &[0.0; 2], ..good }, "`lora_a` holds 2 numbers; its shape [1, 3] needs 3"),
-            (AdaptedWeight { lora_b: &[0.0; 3], ..good }, "`lora_b` holds 3 numbers; its shape [2, 1] needs 2"),
+            (
+                AdaptedWeight { weight: &[0.0; 5], ..good },
+                "`weight` holds 5 numbers; its shape [2, 3] needs 6",
+            ),
+            (
+                AdaptedWeight { lora_a: &[0.0; 2], ..good },
+                "`lora_a` holds 2 numbers; its shape [1, 3] needs 3",
+            ),
+            (
+                AdaptedWeight { lora_b: &[0.0; 3], ..good },
+                "`lora_b` holds 3 numbers; its shape [2, 1] needs 2",
+            ),
         ] {
             assert_eq!(magnitude_sums(&weight).unwrap_err().to_string(), message);
         }

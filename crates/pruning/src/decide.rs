@@ -13,9 +13,13 @@ pub enum DecideError {
     Share { share: f64 },
     #[error("the keep mask in force does not fit the model")]
     KeepMask(#[source] InvalidKeepMask),
-    #[error("the target was resolved for another model or the average is another run's: they differ at layer {layer}")]
+    #[error(
+        "the target was resolved for another model or the average is another run's: they differ at layer {layer}"
+    )]
     OtherModel { layer: usize },
-    #[error("layer {layer}: averaged importance of {block} group {group} is {value}; go back to the last checkpoint")]
+    #[error(
+        "layer {layer}: averaged importance of {block} group {group} is {value}; go back to the last checkpoint"
+    )]
     NotFinite { layer: usize, block: &'static str, group: usize, value: f64 },
     #[error("layer {layer} keeps {live} {what}, fewer than the {last} of the target")]
     BelowTarget { layer: usize, what: &'static str, live: usize, last: usize },

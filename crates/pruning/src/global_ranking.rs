@@ -92,24 +92,26 @@ impl Pool {
         let widths = &dense.layers[layer];
         let strands: Vec<&[usize]> = match legal.grouping() {
             HeadGrouping::KvGroups => vec![&live.kv_heads],
-            HeadGrouping::QueryHeads => {
-                live.query_heads.chunk_by(|one, other| widths.kv_head_of(*one) == widths.kv_head_of(*other)).collect()
-            }
+            HeadGrouping::QueryHeads => live
+                .query_heads
+                .chunk_by(|one, other| widths.kv_head_of(*one) == widths.kv_head_of(*other))
+                .collect(),
         };
         let group_weights = match legal.grouping() {
-            HeadGrouping::KvGroups => dense.block_weight_count(layer, Block::Attention) / widths.kv_head_count as u64,
-            HeadGrouping::QueryHeads => {
-                [Projection::Q, Projection::O]
-                    .iter()
-                    .map(|&projection| {
-                        let [rows, columns] = dense.projection_shape(layer, projection);
-                        (rows * columns / widths.query_head_count) as u64
-                    })
-                    .sum()
+            HeadGrouping::KvGroups => {
+                dense.block_weight_count(layer, Block::Attention) / widths.kv_head_count as u64
             }
+            HeadGrouping::QueryHeads => [Projection::Q, Projection::O]
+                .iter()
+                .map(|&projection| {
+                    let [rows, columns] = dense.projection_shape(layer, projection);
+                    (rows * columns / widths.query_head_count) as u64
+                })
+                .sum(),
         };
         let steps = live.widths();
-        let (groups, cut) = cut_sorted(&strands, &average.layers[layer].attention, &legal.legal_attention(widths));
+        let (groups, cut) =
+            cut_sorted(&strands, &average.layers[layer].attention, &legal.legal_attention(widths));
         let is_illegal = !legal.attention_is_legal(widths, legal.attention_steps(&steps));
         Self { layer, block: Block::Attention, group_weights, groups, cut, is_illegal }
     }

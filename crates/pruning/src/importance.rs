@@ -180,10 +180,7 @@ mod tests {
         let (dense, scores) = by_hand();
         let layers = combine(&dense, &scores, CODE, HeadGrouping::KvGroups).unwrap();
         // q folds to [3, 4] / 5, k is [5, 12] / 13, v is zero, o folds to [15, 8] / 17.
-        assert_close(
-            &layers[0].attention,
-            &[0.6 + 5.0 / 13.0 + 15.0 / 17.0, 0.8 + 12.0 / 13.0 + 8.0 / 17.0],
-        );
+        assert_close(&layers[0].attention, &[0.6 + 5.0 / 13.0 + 15.0 / 17.0, 0.8 + 12.0 / 13.0 + 8.0 / 17.0]);
         assert_close(&layers[0].mlp, &[0.6 + 0.6, 0.8 + 0.8 + 1.0]);
     }
 

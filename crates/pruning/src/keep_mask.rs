@@ -99,7 +99,8 @@ impl KeepMask {
     /// Fraction of all projection weights that is gone.
     #[must_use]
     pub fn sparsity(&self, dense: &ModelSpec) -> f64 {
-        1.0 - self.pruned_spec(dense).projection_weight_count() as f64 / dense.projection_weight_count() as f64
+        1.0 - self.pruned_spec(dense).projection_weight_count() as f64
+            / dense.projection_weight_count() as f64
     }
 
     /// # Errors
@@ -183,15 +184,30 @@ mod tests {
         let (layer, channel) = (1, "channel");
         for (found, expected) in [
             (with(&[0, 1], &[0], &[]), InvalidKeepMask::Empty { layer, what: channel }),
-            (with(&[0, 1], &[0], &[2, 1]), InvalidKeepMask::BadIndex { layer, what: channel, count: 4, index: 1 }),
-            (with(&[0, 1], &[0], &[1, 1]), InvalidKeepMask::BadIndex { layer, what: channel, count: 4, index: 1 }),
-            (with(&[0, 1], &[0], &[4]), InvalidKeepMask::BadIndex { layer, what: channel, count: 4, index: 4 }),
-            (with(&[0, 2], &[0], &[0]), InvalidKeepMask::UnevenGroups { layer, kv_head: 0, expected: 2, actual: 1 }),
+            (
+                with(&[0, 1], &[0], &[2, 1]),
+                InvalidKeepMask::BadIndex { layer, what: channel, count: 4, index: 1 },
+            ),
+            (
+                with(&[0, 1], &[0], &[1, 1]),
+                InvalidKeepMask::BadIndex { layer, what: channel, count: 4, index: 1 },
+            ),
+            (
+                with(&[0, 1], &[0], &[4]),
+                InvalidKeepMask::BadIndex { layer, what: channel, count: 4, index: 4 },
+            ),
+            (
+                with(&[0, 2], &[0], &[0]),
+                InvalidKeepMask::UnevenGroups { layer, kv_head: 0, expected: 2, actual: 1 },
+            ),
             (
                 with(&[0, 1, 2], &[0, 1], &[0]),
                 InvalidKeepMask::UnevenGroups { layer, kv_head: 0, expected: 1, actual: 2 },
             ),
-            (with(&[0], &[0, 1], &[0]), InvalidKeepMask::UnevenGroups { layer, kv_head: 1, expected: 1, actual: 0 }),
+            (
+                with(&[0], &[0, 1], &[0]),
+                InvalidKeepMask::UnevenGroups { layer, kv_head: 1, expected: 1, actual: 0 },
+            ),
         ] {
             assert_eq!(found, Err(expected));
         }

@@ -245,7 +245,11 @@ mod tests {
             (widths(9, 3), queries, vec![2], vec![]),
             (widths(9, 3), kv, vec![4], vec![]),
         ] {
-            assert_eq!(legal(&serve_tp, 1, grouping).legal_attention(&layer), expected, "{layer:?} at {serve_tp:?}");
+            assert_eq!(
+                legal(&serve_tp, 1, grouping).legal_attention(&layer),
+                expected,
+                "{layer:?} at {serve_tp:?}"
+            );
         }
     }
 

@@ -18,7 +18,9 @@ pub struct MovingAverage {
 
 /// One step's importances do not belong to the model of the average.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("the step's importances and the average differ in shape at layer {layer}; do they belong to the same model?")]
+#[error(
+    "the step's importances and the average differ in shape at layer {layer}; do they belong to the same model?"
+)]
 pub struct ImportanceMismatch {
     pub layer: usize,
 }

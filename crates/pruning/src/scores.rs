@@ -37,7 +37,9 @@ pub enum ScoreError {
     Doubled { layer: usize, projection: Projection, unit: usize },
     #[error("layer {layer} `{projection}`: score of unit {unit} is {value}, not a finite number")]
     NotFinite { layer: usize, projection: Projection, unit: usize, value: f64 },
-    #[error("layer {layer} `{projection}`: the scores are finite but their norm is not; lower the loss scale")]
+    #[error(
+        "layer {layer} `{projection}`: the scores are finite but their norm is not; lower the loss scale"
+    )]
     Overflow { layer: usize, projection: Projection },
     #[error("{count} scores are missing; first layer {layer} `{projection}`, units {units:?}")]
     Missing {
@@ -237,7 +239,12 @@ mod tests {
         assembly.add(1, Projection::Up, &[0, 5], &[1.0, 1.0]).unwrap();
         assert_eq!(
             assembly.finish(),
-            Err(ScoreError::Missing { count: 4, layer: 1, projection: Projection::Up, units: vec![1, 2, 3, 4] })
+            Err(ScoreError::Missing {
+                count: 4,
+                layer: 1,
+                projection: Projection::Up,
+                units: vec![1, 2, 3, 4]
+            })
         );
         let nothing = ScoreAssembly::new(&dense, &keep).finish().unwrap_err();
         assert_eq!(nothing.to_string(), "60 scores are missing; first layer 0 `q_proj`, units [0, 1, 2, 3]");

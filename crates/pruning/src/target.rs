@@ -77,7 +77,8 @@ impl Target {
         if !found.is_empty() {
             return Err(found);
         }
-        let budget = WeightBudget::resolve(dense, pruning, &prunable, &legal).map_err(|violation| vec![violation])?;
+        let budget =
+            WeightBudget::resolve(dense, pruning, &prunable, &legal).map_err(|violation| vec![violation])?;
         let goal = match pruning.shape {
             Shape::Uniform => uniform(dense, &legal, &budget),
             Shape::Paper => paper(dense, &legal, &prunable, budget.sparsity),
@@ -160,7 +161,10 @@ fn prunable_layers(dense: &ModelSpec, pruning: &Pruning) -> Result<Vec<bool>, Ve
         && let Some(layer) = layers.iter().find(|&&layer| layer >= count)
     {
         let last = count.saturating_sub(1);
-        found.push(violation("pruning.protection", format!("the model has no layer {layer}; its last is {last}")));
+        found.push(violation(
+            "pruning.protection",
+            format!("the model has no layer {layer}; its last is {last}"),
+        ));
     }
     let prunable: Vec<bool> =
         (0..count).map(|layer| !pruning.protection.covers(layer, count, pruning.shape)).collect();
@@ -217,7 +221,9 @@ impl WeightBudget {
                     let most = (most * 1e4).floor() / 1e4;
                     return Err(violation(
                         field,
-                        format!("{sparsity} is out of reach: the least heads and channels allowed give {most:.4}"),
+                        format!(
+                            "{sparsity} is out of reach: the least heads and channels allowed give {most:.4}"
+                        ),
                     ));
                 }
                 Ok(Self { sparsity, prunable_weights, kept_weights: kept_weights.min(prunable_weights) })
@@ -228,7 +234,9 @@ impl WeightBudget {
                 if !(least..=most).contains(&parameters) {
                     return Err(violation(
                         "pruning.budget.parameters",
-                        format!("must lie in {least}..={most} for this model and these constraints; got {parameters}"),
+                        format!(
+                            "must lie in {least}..={most} for this model and these constraints; got {parameters}"
+                        ),
                     ));
                 }
                 let kept_weights = prunable_weights - (most - parameters);
@@ -246,9 +254,10 @@ fn uniform(dense: &ModelSpec, legal: &LegalCounts, budget: &WeightBudget) -> Goa
     let wanted = (1.0 - budget.sparsity) * legal.attention_steps(&layer) as f64;
     let steps = legal.legal_attention(&layer);
     let distance = |steps: usize| (steps as f64 - wanted).abs();
-    let nearest = steps.iter().rev().copied().reduce(|nearest, fewer| {
-        if distance(fewer) < distance(nearest) - SLACK { fewer } else { nearest }
-    });
+    let nearest =
+        steps.iter().rev().copied().reduce(|nearest, fewer| {
+            if distance(fewer) < distance(nearest) - SLACK { fewer } else { nearest }
+        });
     let channels_beside = |attention: usize| {
         let with = |channels| {
             let one = legal.widths(&layer, attention, channels);
@@ -291,7 +300,8 @@ fn paper(dense: &ModelSpec, legal: &LegalCounts, prunable: &[bool], sparsity: f6
             let quantum = legal.channel_quantum();
             let most_channels = channels - channels % quantum;
             let legal_channels = kept(channels).next_multiple_of(quantum).min(most_channels);
-            let removal = Removal { attention: heads as f64 * sparsity, channels: channels as f64 * sparsity };
+            let removal =
+                Removal { attention: heads as f64 * sparsity, channels: channels as f64 * sparsity };
             (removal, legal.widths(layer, legal_heads.copied().unwrap_or(heads), legal_channels))
         })
         .unzip();

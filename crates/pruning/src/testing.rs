@@ -69,7 +69,9 @@ pub(crate) fn importances(
 ) -> Vec<GroupImportance> {
     let mut layers = GroupImportance::zeros(dense, grouping);
     for (layer, importance) in layers.iter_mut().enumerate() {
-        for (block, values) in [(Block::Attention, &mut importance.attention), (Block::Mlp, &mut importance.mlp)] {
+        for (block, values) in
+            [(Block::Attention, &mut importance.attention), (Block::Mlp, &mut importance.mlp)]
+        {
             for (unit, slot) in values.iter_mut().enumerate() {
                 *slot = value(layer, block, unit);
             }

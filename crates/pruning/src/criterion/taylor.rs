@@ -9,7 +9,8 @@ use super::{AdaptedWeight, ShapeMismatch, WeightSums, check_shape};
 pub fn taylor_sums(weight: &AdaptedWeight<'_>, gradient: &[f64]) -> Result<WeightSums, ShapeMismatch> {
     weight.check()?;
     check_shape("gradient", gradient, [weight.rows, weight.columns])?;
-    Ok(weight.sums(|row, column| (gradient[row * weight.columns + column] * weight.merged(row, column)).abs()))
+    Ok(weight
+        .sums(|row, column| (gradient[row * weight.columns + column] * weight.merged(row, column)).abs()))
 }
 
 #[cfg(test)]
