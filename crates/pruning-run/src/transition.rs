@@ -117,10 +117,8 @@ impl Transition<'_> {
     }
 
     fn rendezvous_opened(&mut self, rendezvous: Vec<u8>) {
-        match self.run.phase {
-            Phase::OpeningRendezvous => self.join(rendezvous),
-            _ => self.refuse("a rendezvous", 0),
-        }
+        let Phase::OpeningRendezvous = self.run.phase else { return self.refuse("a rendezvous", 0) };
+        self.join(rendezvous);
     }
 
     fn join(&mut self, rendezvous: Vec<u8>) {

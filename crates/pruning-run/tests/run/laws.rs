@@ -1,0 +1,157 @@
+//! Laws that hold for any order of events.
+
+use crate::world::{NOW, World, options, recipe, report, run_to_end, setup};
+use model_spec::Projection;
+use proptest::collection::vec;
+use proptest::prelude::*;
+use pruning_run::{Event, Fault, Generation, RankReport, Run, RunState, ShardFile, WorkerId, transition};
+use std::time::Duration;
+
+/// Any event at all, most of them out of place.
+fn any_event() -> impl Strategy<Value = Event> {
+    let rank = 0usize..4;
+    let step = 0u64..12;
+    let generation = (0u64..6).prop_map(Generation);
+    let worker = prop_oneof![Just("w0"), Just("w1"), Just("stranger")];
+    let number = prop_oneof![Just(1.0), Just(f64::NAN), Just(-f64::INFINITY)];
+    prop_oneof![
+        (0usize..3, 0usize..3).prop_map(|(idle, registered)| Event::WorkersShort { idle, registered }),
+        vec(worker.clone(), 0..4).prop_map(|workers| Event::WorkersAssigned {
+            workers: workers.into_iter().map(|worker| WorkerId(worker.into())).collect(),
+        }),
+        rank.clone().prop_map(|tp_rank| Event::Loaded { tp_rank, data_sha256: "d".into() }),
+        Just(Event::RendezvousOpened { rendezvous: vec![1] }),
+        rank.clone().prop_map(|tp_rank| Event::Joined { tp_rank }),
+        (
+            rank.clone(),
+            step.clone(),
+            generation.clone(),
+            0usize..4,
+            0usize..7,
+            0usize..25,
+            vec(number.clone(), 0..25)
+        )
+            .prop_map(|(tp_rank, step, generation, layer, projection, first_unit, values)| {
+                Event::Scores {
+                    tp_rank,
+                    step,
+                    generation,
+                    layer,
+                    projection: Projection::ALL[projection],
+                    first_unit,
+                    values,
+                }
+            }),
+        (rank.clone(), step.clone(), generation.clone(), number.clone()).prop_map(
+            |(tp_rank, step, generation, loss)| Event::StepEnded {
+                tp_rank,
+                report: RankReport { loss, ..report(step, generation) },
+            }
+        ),
+        rank.clone().prop_map(|tp_rank| Event::TrainEnded { tp_rank }),
+        (rank.clone(), generation)
+            .prop_map(|(tp_rank, generation)| Event::MaskApplied { tp_rank, generation }),
+        (rank.clone(), number, 0u64..3).prop_map(|(tp_rank, nats, predicted_tokens)| Event::Evaluated {
+            tp_rank,
+            negative_log_likelihood: nats,
+            predicted_tokens,
+            duration: Duration::ZERO,
+        }),
+        rank.clone().prop_map(|tp_rank| Event::Checkpointed {
+            tp_rank,
+            shard: ShardFile { file: "f".into(), sha256: "s".into() },
+        }),
+        Just(Event::SessionsAborted),
+        (rank.clone(), any::<bool>()).prop_map(|(tp_rank, own)| Event::RankFailed {
+            tp_rank,
+            fault: if own { Fault::Own("broke".into()) } else { Fault::PeerLost("peer".into()) },
+        }),
+        worker.prop_map(|worker| Event::WorkerLost { worker: WorkerId(worker.into()), cause: "gone".into() }),
+        Just(Event::CoordinatorFailed { cause: "disk".into() }),
+        Just(Event::CancelRequested { reason: "enough".into() }),
+        Just(Event::Woken),
+    ]
+}
+
+/// Acknowledgements and answers that may be said twice without harm.
+fn may_be_repeated(event: &Event) -> bool {
+    matches!(
+        event,
+        Event::MaskApplied { .. }
+            | Event::Loaded { .. }
+            | Event::Joined { .. }
+            | Event::Evaluated { .. }
+            | Event::Checkpointed { .. }
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+
+    #[test]
+    fn any_interleaving_with_repeats_decides_the_same(
+        tp_degree in 1usize..5,
+        chunk in 1usize..30,
+        order in vec(0usize..5, 1..40),
+        repeats in vec(any::<bool>(), 1..20),
+    ) {
+        let expected = run_to_end(&setup(recipe(), 1, options()), 100, &[]).decisions();
+        let mut world = World::new(&setup(recipe(), tp_degree, options()), chunk);
+        let mut turn = 0;
+        while world.step(order[turn % order.len()] % tp_degree) {
+            let last = world.delivered.last().cloned();
+            if let Some(last) = last.filter(may_be_repeated)
+                && repeats[turn % repeats.len()]
+            {
+                world.deliver(last);
+            }
+            turn += 1;
+        }
+        prop_assert_eq!(world.run.state(), RunState::Succeeded, "{}", world.last_message());
+        prop_assert_eq!(world.decisions(), expected);
+    }
+
+    #[test]
+    fn replaying_the_events_gives_the_same_log(tp_degree in 1usize..4, order in vec(0usize..4, 1..20)) {
+        let setup = setup(recipe(), tp_degree, options());
+        let world = run_to_end(&setup, 4, &order);
+        let stored = serde_json::to_string(&world.delivered).unwrap();
+        let events: Vec<Event> = serde_json::from_str(&stored).unwrap();
+        let (mut run, effects) = Run::new(setup, NOW);
+        let mut log = effects;
+        for event in events {
+            let (next, effects) = transition(run, event, NOW);
+            log.extend(effects);
+            run = next;
+        }
+        let records: Vec<_> = log.into_iter().filter_map(|effect| match effect {
+            pruning_run::Effect::Record(event) => Some(event),
+            _ => None,
+        }).collect();
+        prop_assert_eq!(records, world.log);
+    }
+
+    #[test]
+    fn no_event_out_of_place_panics_or_skips_what_is_due(
+        tp_degree in 1usize..4,
+        before in 0usize..900,
+        strays in vec((any_event(), 0usize..30), 1..12),
+    ) {
+        let mut world = World::new(&setup(recipe(), tp_degree, options()), 4);
+        for _ in 0..before {
+            world.step(0);
+        }
+        for (stray, steps) in strays {
+            world.deliver(stray);
+            for _ in 0..steps {
+                world.step(1);
+            }
+        }
+        world.settle();
+        let decided: Vec<u64> = world.decisions().iter().map(|decision| decision.step).collect();
+        prop_assert!([2, 4, 6, 8].starts_with(&decided));
+        if world.run.state() == RunState::Succeeded {
+            prop_assert_eq!(decided.len(), 4);
+        }
+    }
+}
