@@ -6,8 +6,8 @@ use std::time::Duration;
 /// What can happen to a run: outcomes of its effects, and the world breaking in.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Event {
-    /// The run is still queued: `idle` of `registered` workers could take it.
-    WorkersShort { idle: usize, registered: usize },
+    /// The run is still queued: `idle` of `registered` workers could take it, after the `ahead` runs before it.
+    WorkersShort { idle: usize, registered: usize, ahead: usize },
     /// A whole group was taken, by tensor-parallel rank.
     WorkersAssigned { workers: Vec<WorkerId> },
     /// A rank has loaded its shard.

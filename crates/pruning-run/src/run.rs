@@ -40,9 +40,9 @@ pub(crate) struct Suspect {
 /// What a run waits for.
 #[derive(Debug, Clone)]
 pub(crate) enum Phase {
+    /// With the reason last given.
     Queued {
-        idle: usize,
-        registered: usize,
+        message: String,
     },
     Loading {
         data_sha256: Gather<String>,
@@ -110,7 +110,7 @@ impl Run {
         let mut run = Self {
             workers: Vec::new(),
             state: RunState::Queued,
-            phase: Phase::Queued { idle: 0, registered: 0 },
+            phase: Phase::Queued { message: String::new() },
             keep_mask: Arc::new(KeepMask::full(setup.dense())),
             generation: Generation::default(),
             placement: setup.placement().clone(),

@@ -33,7 +33,7 @@ pub(crate) struct Transition<'a> {
 impl Transition<'_> {
     fn on(&mut self, event: Event) {
         match event {
-            Event::WorkersShort { idle, registered } => self.workers_short(idle, registered),
+            Event::WorkersShort { idle, registered, ahead } => self.workers_short(idle, registered, ahead),
             Event::WorkersAssigned { workers } => self.workers_assigned(workers),
             Event::Loaded { tp_rank, data_sha256 } => self.loaded(tp_rank, data_sha256),
             Event::RendezvousOpened { rendezvous } => self.rendezvous_opened(rendezvous),
@@ -63,20 +63,25 @@ impl Transition<'_> {
 
     // --- getting started ---
 
-    fn workers_short(&mut self, now_idle: usize, now_registered: usize) {
-        let needed = self.run.tp_degree();
-        let Phase::Queued { idle, registered } = &mut self.run.phase else {
+    fn workers_short(&mut self, idle: usize, registered: usize, ahead: usize) {
+        let needed = match self.run.tp_degree() {
+            1 => "needs 1 idle worker".to_owned(),
+            needed => format!("needs {needed} idle workers"),
+        };
+        let Phase::Queued { message } = &mut self.run.phase else {
             return self.refuse("a count of idle workers", 0);
         };
-        if (*idle, *registered) != (now_idle, now_registered) {
-            (*idle, *registered) = (now_idle, now_registered);
-            let message = match now_registered {
-                0 => format!("needs {needed} idle workers; none is registered"),
-                _ => {
-                    format!("needs {needed} idle workers; {now_idle} of {now_registered} registered are idle")
-                }
-            };
-            self.enter(RunState::Queued, message);
+        let mut reason = match registered {
+            0 => format!("{needed}; none is registered"),
+            1 => format!("{needed}; {idle} of 1 registered is idle"),
+            _ => format!("{needed}; {idle} of {registered} registered are idle"),
+        };
+        if ahead > 0 {
+            reason.push_str(&format!(", and {ahead} queued before it"));
+        }
+        if *message != reason {
+            message.clone_from(&reason);
+            self.enter(RunState::Queued, reason);
         }
     }
 

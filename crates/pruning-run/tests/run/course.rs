@@ -90,13 +90,13 @@ fn the_random_criterion_needs_no_scores() {
 fn a_queued_run_says_what_it_waits_for_once_per_change() {
     let (mut run, effects) = Run::new(setup(recipe(), 2, options()), NOW);
     assert_eq!(effects.len(), 1);
-    for (idle, registered, expected) in [
-        (0, 0, None),
-        (1, 3, Some("needs 2 idle workers; 1 of 3 registered are idle")),
-        (1, 3, None),
-        (0, 0, Some("needs 2 idle workers; none is registered")),
+    for (idle, registered, ahead, expected) in [
+        (0, 0, 0, Some("needs 2 idle workers; none is registered")),
+        (1, 3, 0, Some("needs 2 idle workers; 1 of 3 registered are idle")),
+        (1, 3, 0, None),
+        (2, 3, 1, Some("2 of 3 registered are idle, and 1 queued before it")),
     ] {
-        let (next, effects) = transition(run, Event::WorkersShort { idle, registered }, NOW);
+        let (next, effects) = transition(run, Event::WorkersShort { idle, registered, ahead }, NOW);
         let said = effects.first().map(|effect| format!("{effect:?}"));
         assert_eq!(said.is_some(), expected.is_some(), "{idle} of {registered}");
         assert!(expected.is_none_or(|expected| said.unwrap().contains(expected)));

@@ -15,7 +15,11 @@ fn any_event() -> impl Strategy<Value = Event> {
     let worker = prop_oneof![Just("w0"), Just("w1"), Just("stranger")];
     let number = prop_oneof![Just(1.0), Just(f64::NAN), Just(-f64::INFINITY)];
     prop_oneof![
-        (0usize..3, 0usize..3).prop_map(|(idle, registered)| Event::WorkersShort { idle, registered }),
+        (0usize..3, 0usize..3, 0usize..2).prop_map(|(idle, registered, ahead)| Event::WorkersShort {
+            idle,
+            registered,
+            ahead
+        }),
         vec(worker.clone(), 0..4).prop_map(|workers| Event::WorkersAssigned {
             workers: workers.into_iter().map(|worker| WorkerId(worker.into())).collect(),
         }),
