@@ -1,0 +1,74 @@
+// C face over libtorch's own Gloo process group and its TCP store.
+#include "group.h"
+
+#include <torch/csrc/distributed/c10d/PrefixStore.hpp>
+#include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
+#include <torch/csrc/distributed/c10d/TCPStore.hpp>
+#include <torch/version.h>
+
+static_assert(
+    TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR == 11,
+    "the declarations in gloo_decls were checked against libtorch 2.11 only");
+
+using std::chrono::milliseconds;
+
+struct Store {
+  c10::intrusive_ptr<c10d::TCPStore> tcp;
+};
+
+struct Group {
+  c10::intrusive_ptr<c10d::Store> store;
+  c10::intrusive_ptr<c10d::Backend> backend;
+
+  static void finish(const c10::intrusive_ptr<c10d::Work>& work) {
+    if (!work->wait())
+      throw std::runtime_error("collective aborted");
+  }
+};
+
+extern "C" {
+
+// Opens a store. The server picks a free port when `port` is 0.
+char* esp_store_new(
+    const char* host, uint16_t port, bool server, int64_t timeout_ms, Store** out, uint16_t* bound) {
+  return guard([&] {
+    c10d::TCPStoreOptions options;
+    options.port = port;
+    options.isServer = server;
+    options.waitWorkers = false;
+    options.timeout = milliseconds(timeout_ms);
+    auto tcp = c10::make_intrusive<c10d::TCPStore>(host, options);
+    *bound = tcp->getPort();
+    *out = new Store{tcp};
+  });
+}
+
+void esp_store_free(Store* store) {
+  delete store;
+}
+
+// Joins a Gloo group whose ranks meet in `store`; `bind` is the address that this rank's sockets listen on.
+char* esp_gloo_new(
+    Store* store, const char* bind, int rank, int world, int64_t timeout_ms, Group** out) {
+  return guard([&] {
+    auto prefixed = c10::make_intrusive<c10d::PrefixStore>("espalier", store->tcp);
+    auto options = c10d::ProcessGroupGloo::Options::create(milliseconds(timeout_ms));
+    options->devices.push_back(c10d::ProcessGroupGloo::createDeviceForHostname(bind));
+    auto gloo = c10::make_intrusive<c10d::ProcessGroupGloo>(prefixed, rank, world, options);
+    *out = new Group{prefixed, gloo};
+  });
+}
+
+char* esp_all_reduce(Group* group, void* values, int op) {
+  return guard([&] {
+    std::vector<at::Tensor> list{tensor(values)};
+    c10d::AllreduceOptions options;
+    options.reduceOp = static_cast<c10d::ReduceOp::RedOpType>(op);
+    Group::finish(group->backend->allreduce(list, options));
+  });
+}
+
+void esp_group_free(Group* group) {
+  delete group;
+}
+}

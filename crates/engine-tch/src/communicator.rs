@@ -1,0 +1,154 @@
+//! Reductions between the ranks of one tensor-parallel group.
+
+use crate::fault::{Fault, Result};
+use crate::ffi;
+use std::ffi::{CString, c_int};
+use std::time::Duration;
+use tch::Tensor;
+
+/// Values follow c10d's `ReduceOp`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ReduceOp {
+    Sum = 0,
+    Max = 4,
+}
+
+/// One rank's membership of a group. Every rank calls the same methods in the same order.
+pub(crate) trait Communicator {
+    fn tp_rank(&self) -> usize;
+    fn tp_degree(&self) -> usize;
+
+    /// Replaces `values`, contiguous and of equal shape on all ranks, by the reduction over the ranks. All ranks get
+    /// the same bits.
+    fn all_reduce(&mut self, values: &mut Tensor, op: ReduceOp) -> Result<()>;
+
+    fn all_reduce_sum(&mut self, values: &mut Tensor) -> Result<()> {
+        self.all_reduce(values, ReduceOp::Sum)
+    }
+}
+
+/// A group of one: reductions are the identity.
+pub(crate) struct Alone;
+
+impl Communicator for Alone {
+    fn tp_rank(&self) -> usize {
+        0
+    }
+
+    fn tp_degree(&self) -> usize {
+        1
+    }
+
+    fn all_reduce(&mut self, _values: &mut Tensor, _op: ReduceOp) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// A key-value store over TCP in which ranks find each other.
+pub(crate) struct Store {
+    raw: *mut ffi::RawStore,
+    port: u16,
+}
+
+impl Store {
+    /// Serves a store on `host`, on a port that the system picks.
+    pub(crate) fn serve(host: &str, timeout: Duration) -> Result<Self> {
+        Self::open(host, 0, true, timeout)
+    }
+
+    pub(crate) fn connect(host: &str, port: u16, timeout: Duration) -> Result<Self> {
+        Self::open(host, port, false, timeout)
+    }
+
+    fn open(host: &str, port: u16, server: bool, timeout: Duration) -> Result<Self> {
+        let host = c_string(host)?;
+        let (mut raw, mut bound) = (std::ptr::null_mut(), 0);
+        // SAFETY: the pointers are live for the call; on success `raw` owns a store.
+        let message = unsafe {
+            ffi::esp_store_new(host.as_ptr(), port, server, milliseconds(timeout), &raw mut raw, &raw mut bound)
+        };
+        ffi::check(message, Fault::Collective)?;
+        Ok(Self { raw, port: bound })
+    }
+
+    pub(crate) fn port(&self) -> u16 {
+        self.port
+    }
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        // SAFETY: `raw` came from `esp_store_new` and is freed once.
+        unsafe { ffi::esp_store_free(self.raw) }
+    }
+}
+
+/// Gloo over TCP, as it is inside libtorch.
+pub(crate) struct Gloo {
+    raw: *mut ffi::RawGroup,
+    tp_rank: usize,
+    tp_degree: usize,
+    /// Outlives the group: rank 0's store is the server that the others talk to.
+    _store: Store,
+}
+
+impl Gloo {
+    /// Joins the group that meets in `store`; sockets listen on `host`. Waits for all ranks, at most `timeout`.
+    pub(crate) fn join(
+        store: Store,
+        host: &str,
+        tp_rank: usize,
+        tp_degree: usize,
+        timeout: Duration,
+    ) -> Result<Self> {
+        let host = c_string(host)?;
+        let mut raw = std::ptr::null_mut();
+        // SAFETY: the pointers are live for the call; on success `raw` owns a group.
+        let message = unsafe {
+            ffi::esp_gloo_new(
+                store.raw,
+                host.as_ptr(),
+                tp_rank as c_int,
+                tp_degree as c_int,
+                milliseconds(timeout),
+                &raw mut raw,
+            )
+        };
+        ffi::check(message, Fault::Collective)?;
+        Ok(Self { raw, tp_rank, tp_degree, _store: store })
+    }
+}
+
+impl Communicator for Gloo {
+    fn tp_rank(&self) -> usize {
+        self.tp_rank
+    }
+
+    fn tp_degree(&self) -> usize {
+        self.tp_degree
+    }
+
+    fn all_reduce(&mut self, values: &mut Tensor, op: ReduceOp) -> Result<()> {
+        if values.numel() == 0 {
+            return Ok(());
+        }
+        // SAFETY: the group is live and the tensor is one; Gloo writes within its storage.
+        let message = unsafe { ffi::esp_all_reduce(self.raw, ffi::raw(values), op as c_int) };
+        ffi::check(message, Fault::Collective)
+    }
+}
+
+impl Drop for Gloo {
+    fn drop(&mut self) {
+        // SAFETY: `raw` came from `esp_gloo_new` and is freed once.
+        unsafe { ffi::esp_group_free(self.raw) }
+    }
+}
+
+fn c_string(text: &str) -> Result<CString> {
+    CString::new(text).map_err(|_| Fault::Refused(format!("host name `{}` holds a zero byte", text.escape_debug())))
+}
+
+fn milliseconds(duration: Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
+}

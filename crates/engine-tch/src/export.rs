@@ -1,0 +1,388 @@
+//! The pruned model as a folder: factors merged into the frozen weights, groups cut out, written in Hugging Face layout
+//! and checked by a process of its own before it appears under its name.
+
+use crate::communicator::Alone;
+use crate::dropout::Dropout;
+use crate::factors::{Factor, FactorLayout, is_replicated, split_features};
+use crate::fault::{Fault, Result, chain};
+use crate::model::{Adapters, Model};
+use crate::source::{Source, kind_of, select};
+use crate::state_file::{PROBE_LOGITS, RankState, factor_name, to_bytes};
+use checkpoint::{Dtype, ExportManifest, FolderWriter, LayerKept, MANIFEST_FILE, SourceModel, TensorHeader, TensorRef};
+use engine::{ExportDtype, ExportJob, ExportWritten};
+use model_spec::{Block, ModelSpec, Projection, Split};
+use pruning::LayerKeep;
+use sharding::{Placement, RankLayer};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+use tch::{Device, Kind, Tensor};
+
+/// Longest that reloading an exported folder may take.
+const CHECK_TIMEOUT: Duration = Duration::from_secs(20 * 60);
+/// Largest mean KL divergence, in nats, that rounding the merged weights to 16 bits may cause.
+const MAX_ROUNDING_KL: f64 = 0.05;
+/// Largest logit difference, relative to the largest logit, of an export that does not round below f32.
+const MAX_F32_DIFFERENCE: f64 = 1e-3;
+
+pub(crate) fn export(job: &ExportJob, logits_program: &Path) -> Result<ExportWritten> {
+    let source = Source::open(&job.model)?;
+    let dense = source.spec();
+    if job.keep_mask.layers.len() != dense.layers.len() {
+        let (mask, model) = (job.keep_mask.layers.len(), dense.layers.len());
+        return Err(Fault::Refused(format!("the keep mask has {mask} layers, the model {model}")));
+    }
+    let ranks = job
+        .shards
+        .iter()
+        .enumerate()
+        .map(|(rank, (path, sha256))| RankState::read(path, sha256, rank, job.shards.len()))
+        .collect::<Result<Vec<_>>>()?;
+    let pruned = job.keep_mask.pruned_spec(dense);
+    let written_spec = checkpoint::padded_spec(&pruned);
+    let dtype = match job.dtype {
+        ExportDtype::Bf16 => Dtype::Bf16,
+        ExportDtype::F16 => Dtype::F16,
+        ExportDtype::F32 => Dtype::F32,
+        ExportDtype::Source => match source.view(checkpoint::EMBEDDING)?.dtype {
+            Dtype::F64 => Dtype::F32,
+            narrow @ (Dtype::F32 | Dtype::Bf16 | Dtype::F16) => narrow,
+        },
+    };
+    let file = |error: &dyn std::error::Error| Fault::File(chain(error));
+    let config = checkpoint::export_config(&source.folder.config().raw, &written_spec, dtype).map_err(|e| file(&e))?;
+    let headers = checkpoint::required_tensors(&written_spec)
+        .into_iter()
+        .map(|(name, shape)| TensorHeader { name, dtype, shape })
+        .collect();
+    let mut writer = FolderWriter::create(&job.out, headers, job.max_shard_bytes).map_err(|e| file(&e))?;
+    let merge = Merge { source: &source, ranks: &ranks, job, pruned: &pruned, written: &written_spec };
+    let mut weight_bytes = 0;
+    for (name, shape) in checkpoint::required_tensors(&written_spec) {
+        let merged = merge.tensor(&name)?;
+        let sizes: Vec<usize> = merged.size().iter().map(|size| *size as usize).collect();
+        if sizes != shape {
+            return Err(Fault::Refused(format!("merged tensor `{name}` has shape {sizes:?}, expected {shape:?}")));
+        }
+        let rounded = merged.f_to_kind(kind_of(dtype))?;
+        if rounded.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
+            return Err(Fault::Refused(format!("tensor `{name}` exceeds the range of {dtype:?}; export as f32 or bf16")));
+        }
+        let (_, _, bytes) = to_bytes(&rounded)?;
+        weight_bytes += bytes.len() as u64;
+        writer.add_tensor(&name, &bytes).map_err(|e| file(&e))?;
+    }
+    writer.write_json("config.json", &config).map_err(|e| file(&e))?;
+    for companion in source.folder.companion_files() {
+        writer.copy_file(&companion).map_err(|e| file(&e))?;
+    }
+    let check = check_folder(writer.staging_path(), &ranks, dtype, logits_program)?;
+    let manifest = manifest(job, &source, &written_spec, &writer, &check)?;
+    let text = manifest.to_json();
+    writer.write_file(MANIFEST_FILE, text.as_bytes()).map_err(|e| file(&e))?;
+    writer.commit().map_err(|e| file(&e))?;
+    Ok(ExportWritten {
+        parameters: written_spec.parameter_count(),
+        weight_bytes,
+        model_type: config.get("model_type").and_then(|value| value.as_str()).unwrap_or_default().to_owned(),
+        manifest_sha256: checkpoint::Sha256Digest::of(text.as_bytes()).to_string(),
+        max_logit_difference: check.max_difference,
+        max_logit: check.max_logit,
+        top_token_agreement: check.top_token_agreement,
+        mean_kl: check.mean_kl,
+    })
+}
+
+fn manifest(
+    job: &ExportJob,
+    source: &Source,
+    written: &ModelSpec,
+    writer: &FolderWriter,
+    check: &LogitCheck,
+) -> Result<ExportManifest> {
+    let narrow = |indices: &[usize]| indices.iter().map(|index| *index as u32).collect();
+    let json = |error: serde_json::Error| Fault::File(format!("failed to encode the manifest: {error}"));
+    Ok(ExportManifest {
+        format_version: checkpoint::MANIFEST_FORMAT_VERSION,
+        source_model: SourceModel {
+            name: job.model.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default(),
+            files: source.folder.digests(source.weights()).map_err(|error| Fault::File(chain(&error)))?,
+        },
+        recipe: serde_json::to_value(&job.recipe).map_err(json)?,
+        layers: job
+            .keep_mask
+            .layers
+            .iter()
+            .map(|layer| LayerKept {
+                kept_query_heads: narrow(&layer.query_heads),
+                kept_kv_heads: narrow(&layer.kv_heads),
+                kept_channels: narrow(&layer.channels),
+            })
+            .collect(),
+        parameters_before: source.spec().parameter_count(),
+        parameters_after: written.parameter_count(),
+        files: writer.files().to_vec(),
+        versions: BTreeMap::from([
+            ("espalier".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),
+            ("libtorch".to_owned(), "2.11.0".to_owned()),
+        ]),
+        verification: serde_json::json!({
+            "run_id": job.run_id,
+            "prompts": check.prompts,
+            "max_logit_difference": check.max_difference,
+            "max_logit": check.max_logit,
+            "top_token_agreement": check.top_token_agreement,
+            "mean_kl_nats": check.mean_kl,
+        }),
+    })
+}
+
+/// Makes the tensors of the pruned model, one at a time.
+struct Merge<'a> {
+    source: &'a Source,
+    ranks: &'a [RankState],
+    job: &'a ExportJob,
+    pruned: &'a ModelSpec,
+    written: &'a ModelSpec,
+}
+
+impl Merge<'_> {
+    fn tensor(&self, name: &str) -> Result<Tensor> {
+        for layer in 0..self.written.layers.len() {
+            for projection in Projection::ALL {
+                if checkpoint::projection_weight(layer, projection) == name {
+                    return self.projection(layer, projection);
+                }
+            }
+        }
+        self.source.tensor(name)
+    }
+
+    /// `W0 + s B A` of the kept groups, in f32, padded with zeros to the width that is written.
+    fn projection(&self, layer: usize, projection: Projection) -> Result<Tensor> {
+        let head_dim = self.pruned.head_dim;
+        let keep = &self.job.keep_mask.layers[layer];
+        let held = RankLayer {
+            query_heads: keep.query_heads.clone(),
+            kv_heads: keep.kv_heads.clone(),
+            channels: keep.channels.clone(),
+        };
+        let features = split_features(&held, projection, head_dim);
+        let dim = match projection.split() {
+            Split::Column => 0,
+            Split::Row => 1,
+        };
+        let name = checkpoint::projection_weight(layer, projection);
+        let base = select(&self.source.tensor(&name)?, dim, &features)?.f_to_kind(Kind::Float)?;
+        let a = self.factor(layer, projection, Factor::A, &features)?;
+        let b = self.factor(layer, projection, Factor::B, &features)?;
+        let update = b.f_mm(&a)?.f_mul_scalar_(self.job.recipe.lora.scaling())?;
+        let merged = base.f_add(&update.f_to_kind(Kind::Float)?)?;
+        self.pad(layer, projection, keep, merged, dim)
+    }
+
+    /// A factor of the kept features, put together from the ranks.
+    fn factor(&self, layer: usize, projection: Projection, factor: Factor, features: &[i64]) -> Result<Tensor> {
+        let name = factor_name("lora", layer, projection, factor);
+        let Some(first) = self.ranks.first() else {
+            return Err(Fault::Refused("an export needs the checkpoint of at least one rank".into()));
+        };
+        if is_replicated(projection, factor) {
+            return first.tensor(&name);
+        }
+        let dim = match projection.split() {
+            Split::Column => 0,
+            Split::Row => 1,
+        };
+        let (mut parts, mut order) = (Vec::new(), Vec::new());
+        for rank in self.ranks {
+            parts.push(rank.tensor(&name)?);
+            order.extend(split_features(&rank.held[layer], projection, self.pruned.head_dim));
+        }
+        let all = Tensor::f_cat(&parts, dim)?;
+        let positions = features
+            .iter()
+            .map(|feature| {
+                order.iter().position(|held| held == feature).map(|place| place as i64).ok_or_else(|| {
+                    Fault::Refused(format!("no rank's checkpoint holds feature {feature} of layer {layer} {projection}"))
+                })
+            })
+            .collect::<Result<Vec<_>>>()?;
+        select(&all, dim, &positions)
+    }
+
+    /// Zeros after the kept groups; query heads stay with their key/value head.
+    fn pad(
+        &self,
+        layer: usize,
+        projection: Projection,
+        keep: &LayerKeep,
+        merged: Tensor,
+        dim: i64,
+    ) -> Result<Tensor> {
+        let (now, then) = (keep.widths(), self.written.layers[layer]);
+        if now == then {
+            return Ok(merged);
+        }
+        let head_dim = self.pruned.head_dim as i64;
+        let width = self.written.projection_shape(layer, projection)[dim as usize] as i64;
+        let mut shape = merged.size();
+        shape[dim as usize] = width;
+        let padded = Tensor::f_zeros(&shape, (merged.kind(), Device::Cpu))?;
+        let per_group = match (projection, projection.block()) {
+            (Projection::Q | Projection::O, _) => {
+                Some((now.query_heads_per_kv_head() as i64, then.query_heads_per_kv_head() as i64))
+            }
+            (_, Block::Attention | Block::Mlp) => None,
+        };
+        match per_group {
+            Some((from, to)) => {
+                for group in 0..now.kv_head_count as i64 {
+                    let part = merged.f_narrow(dim, group * from * head_dim, from * head_dim)?;
+                    padded.f_narrow(dim, group * to * head_dim, from * head_dim)?.f_copy_(&part)?;
+                }
+            }
+            None => padded.f_narrow(dim, 0, merged.size()[dim as usize])?.f_copy_(&merged)?,
+        }
+        Ok(padded)
+    }
+}
+
+/// How far the reloaded folder is from the run.
+struct LogitCheck {
+    prompts: usize,
+    max_difference: f64,
+    max_logit: f64,
+    top_token_agreement: f64,
+    mean_kl: f64,
+}
+
+/// Reloads the folder in a process of its own and compares its logits with those that the ranks wrote down.
+fn check_folder(folder: &Path, ranks: &[RankState], dtype: Dtype, program: &Path) -> Result<LogitCheck> {
+    let prompts = match ranks.first() {
+        Some(rank) if !rank.prompts.is_empty() => &rank.prompts,
+        Some(_) | None => return Err(Fault::Refused("the checkpoint holds no prompts to check the export with".into())),
+    };
+    let parts = ranks.iter().map(|rank| rank.tensor(PROBE_LOGITS)).collect::<Result<Vec<_>>>()?;
+    let expected = Tensor::f_cat(&parts, 1)?.f_to_kind(Kind::Double)?;
+    let work = tempfile::tempdir().map_err(|error| Fault::File(format!("failed to make a temporary folder: {error}")))?;
+    let (tokens, out) = (work.path().join("prompts.json"), work.path().join("logits.safetensors"));
+    let text = serde_json::to_vec(prompts).map_err(|error| Fault::File(error.to_string()))?;
+    std::fs::write(&tokens, text).map_err(|error| Fault::File(format!("failed to write prompts: {error}")))?;
+    run_logits(program, folder, &tokens, &out)?;
+    let reloaded = checkpoint::read_tensors(&out, None).map_err(|error| Fault::File(chain(&error)))?;
+    let mut actual = Vec::with_capacity(prompts.len());
+    for index in 0..prompts.len() {
+        let name = format!("logits.{index}");
+        let tensor =
+            reloaded.tensors.get(&name).ok_or_else(|| Fault::File(format!("the check wrote no tensor `{name}`")))?;
+        let shape: Vec<i64> = tensor.shape.iter().map(|size| *size as i64).collect();
+        actual.push(Tensor::f_from_data_size(&tensor.bytes, &shape, kind_of(tensor.dtype))?);
+    }
+    let actual = Tensor::f_cat(&actual, 0)?.f_to_kind(Kind::Double)?;
+    if actual.size() != expected.size() {
+        let (actual, expected) = (actual.size(), expected.size());
+        return Err(Fault::Refused(format!("the reloaded logits have shape {actual:?}, the run's {expected:?}")));
+    }
+    let check = compare(&expected, &actual, prompts.len())?;
+    let failed = match dtype {
+        Dtype::F32 | Dtype::F64 => check.max_difference > MAX_F32_DIFFERENCE * check.max_logit.max(1.0),
+        Dtype::Bf16 | Dtype::F16 => check.mean_kl > MAX_ROUNDING_KL,
+    };
+    if failed || !check.max_difference.is_finite() {
+        return Err(Fault::Refused(format!(
+            "the exported model is not the run's: largest logit difference {:.3e} (largest logit {:.3e}), \
+             mean KL divergence {:.3e} nats",
+            check.max_difference, check.max_logit, check.mean_kl
+        )));
+    }
+    Ok(check)
+}
+
+fn compare(expected: &Tensor, actual: &Tensor, prompts: usize) -> Result<LogitCheck> {
+    let value = |tensor: Tensor| tensor.f_double_value(&[]);
+    let (log_p, log_q) = (expected.f_log_softmax(-1, None)?, actual.f_log_softmax(-1, None)?);
+    let kl = log_p.f_exp()?.f_mul(&log_p.f_sub(&log_q)?)?.f_sum_dim_intlist(&[1i64][..], false, None)?.f_mean(None)?;
+    let same = expected.f_argmax(-1, false)?.f_eq_tensor(&actual.f_argmax(-1, false)?)?;
+    Ok(LogitCheck {
+        prompts,
+        max_difference: value(expected.f_sub(actual)?.f_abs()?.f_max()?)?,
+        max_logit: value(expected.f_abs()?.f_max()?)?,
+        top_token_agreement: value(same.f_to_kind(Kind::Double)?.f_mean(None)?)?,
+        mean_kl: value(kl)?,
+    })
+}
+
+fn run_logits(program: &Path, folder: &Path, tokens: &Path, out: &Path) -> Result<()> {
+    let failed = |text: String| Fault::File(format!("failed to check the export with `{}`: {text}", program.display()));
+    let mut child = Command::new(program)
+        .arg("logits")
+        .arg("--model")
+        .arg(folder)
+        .arg("--tokens-file")
+        .arg(tokens)
+        .arg("--out")
+        .arg(out)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(|error| failed(error.to_string()))?;
+    let deadline = Instant::now() + CHECK_TIMEOUT;
+    loop {
+        match child.try_wait().map_err(|error| failed(error.to_string()))? {
+            Some(status) if status.success() => return Ok(()),
+            Some(status) => {
+                let mut text = String::new();
+                if let Some(mut stderr) = child.stderr.take() {
+                    let _ = std::io::Read::read_to_string(&mut stderr, &mut text);
+                }
+                return Err(failed(format!("{status}: {}", text.trim())));
+            }
+            None if Instant::now() > deadline => {
+                let _ = child.kill();
+                let _ = child.wait();
+                return Err(failed(format!("it took longer than {CHECK_TIMEOUT:?}")));
+            }
+            None => std::thread::sleep(Duration::from_millis(20)),
+        }
+    }
+}
+
+/// Loads a model folder on one rank and writes its f32 logits for each prompt: tensors `logits.0`, `logits.1`, …, each
+/// `[tokens, vocabulary]`.
+///
+/// # Errors
+/// When the folder or a prompt is at fault, or `out` cannot be written.
+pub fn write_logits(
+    model: &Path,
+    prompts: &[Vec<u32>],
+    out: &Path,
+) -> std::result::Result<(), engine::EngineError> {
+    let _no_grad = tch::no_grad_guard();
+    Ok(logits_of_folder(model, prompts, out)?)
+}
+
+fn logits_of_folder(model: &Path, prompts: &[Vec<u32>], out: &Path) -> Result<()> {
+    let source = Source::open(model)?;
+    let spec = source.spec();
+    let placement = Placement::dense(spec, 1).map_err(|error| Fault::Refused(error.to_string()))?;
+    let held = &placement.ranks[0];
+    let mut loaded = Model::load(&source, held, 0..spec.vocab_size, Kind::Float, Kind::Float, Device::Cpu)?;
+    let layout = FactorLayout::new(spec, held, 1);
+    let factors = layout.zeros(Kind::Float, Device::Cpu)?;
+    let adapters =
+        Adapters { layout: &layout, factors: &factors, lora_rank: 1, scaling: 1.0, dropout: Dropout::off() };
+    let mut tensors = Vec::with_capacity(prompts.len());
+    for (index, prompt) in prompts.iter().enumerate() {
+        let logits = loaded.logits(&[prompt.as_slice()], &adapters, &mut Alone)?;
+        tensors.push((format!("logits.{index}"), to_bytes(&logits)?));
+    }
+    let refs: Vec<TensorRef> = tensors
+        .iter()
+        .map(|(name, (shape, dtype, bytes))| TensorRef { name, dtype: *dtype, shape, bytes })
+        .collect();
+    checkpoint::write_tensors(out, &refs, &BTreeMap::new()).map_err(|error| Fault::File(chain(&error)))?;
+    Ok(())
+}

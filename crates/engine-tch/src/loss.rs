@@ -1,0 +1,102 @@
+//! Next-token cross-entropy over a vocabulary that is split between ranks, by chunks of positions, so that no tensor of
+//! positions times vocabulary is ever whole.
+
+use crate::communicator::{Communicator, ReduceOp};
+use crate::fault::Result;
+use std::ops::Range;
+use tch::{Kind, Tensor};
+
+/// Logits held at a time.
+const CHUNK_ELEMENTS: i64 = 8 << 20;
+
+/// The head's rows on this rank.
+pub(crate) struct VocabularyHead<'a> {
+    /// `[vocabulary on this rank, d]`
+    pub(crate) weight: &'a Tensor,
+    pub(crate) rows: Range<i64>,
+}
+
+impl VocabularyHead<'_> {
+    /// Sum of negative log likelihoods, in nats, of `targets` `[n]` (vocabulary indices) given `hidden` `[n, d]`.
+    ///
+    /// With `grad_scale`, also the gradient `[n, d]` of `grad_scale * sum`, equal on all ranks.
+    pub(crate) fn negative_log_likelihood(
+        &self,
+        hidden: &Tensor,
+        targets: &Tensor,
+        grad_scale: Option<f64>,
+        communicator: &mut dyn Communicator,
+    ) -> Result<(f64, Option<Tensor>)> {
+        let (positions, width) = hidden.size2()?;
+        let weight = self.weight.f_to_kind(hidden.kind())?;
+        let mut grad = match grad_scale {
+            Some(_) => Some(Tensor::f_empty([positions, width], (hidden.kind(), hidden.device()))?),
+            None => None,
+        };
+        let mut total = 0.0;
+        let chunk = (CHUNK_ELEMENTS / (self.rows.end - self.rows.start).max(1)).clamp(1, positions.max(1));
+        let mut start = 0;
+        while start < positions {
+            let len = chunk.min(positions - start);
+            let mut logits = hidden.f_narrow(0, start, len)?.f_mm(&weight.f_tr()?)?;
+            if matches!(logits.kind(), Kind::BFloat16 | Kind::Half) {
+                logits = logits.f_to_kind(Kind::Float)?;
+            }
+            let (local, is_local) = self.localise(&targets.f_narrow(0, start, len)?)?;
+            let mut highest = logits.f_amax([1i64], true)?;
+            communicator.all_reduce(&mut highest, ReduceOp::Max)?;
+            let target_logit = logits.f_gather(1, &local, false)?.f_sub_(&highest)?.f_mul_(&is_local.f_to_kind(logits.kind())?)?;
+            let mut likelihoods = logits.f_sub_(&highest)?.f_exp_()?;
+            let sum = likelihoods.f_sum_dim_intlist(&[1i64][..], true, None)?;
+            let mut sums = Tensor::f_cat(&[&sum, &target_logit], 1)?;
+            communicator.all_reduce_sum(&mut sums)?;
+            let (sum, target_logit) = (sums.f_narrow(1, 0, 1)?, sums.f_narrow(1, 1, 1)?);
+            let nll = sum.f_log()?.f_sub_(&target_logit)?.f_sum(Kind::Double)?;
+            total += nll.f_double_value(&[])?;
+            if let (Some(scale), Some(grad)) = (grad_scale, &mut grad) {
+                // d(nll)/d(logits) = softmax - one_hot(target)
+                let _ = likelihoods.f_div_(&sum)?;
+                let ones = is_local.f_to_kind(likelihoods.kind())?.f_neg()?;
+                let _ = likelihoods.f_scatter_add_(1, &local, &ones)?;
+                let likelihoods = likelihoods.f_mul_scalar_(scale)?.f_to_kind(hidden.kind())?;
+                let rows = grad.f_narrow(0, start, len)?;
+                let _ = likelihoods.f_mm_out(&rows, &weight)?;
+            }
+            start += len;
+        }
+        if let Some(grad) = &mut grad {
+            communicator.all_reduce_sum(grad)?;
+        }
+        Ok((total, grad))
+    }
+
+    /// Targets as rows of this rank's part (0 where another rank holds them) and which of them it holds, both `[n, 1]`.
+    fn localise(&self, targets: &Tensor) -> Result<(Tensor, Tensor)> {
+        let is_local = targets.f_ge(self.rows.start)?.f_logical_and(&targets.f_lt(self.rows.end)?)?;
+        let local = targets.f_sub_scalar(self.rows.start)?.f_mul_(&is_local.f_to_kind(Kind::Int64)?)?;
+        Ok((local.f_unsqueeze(1)?, is_local.f_unsqueeze(1)?))
+    }
+
+    /// Logits `[n, vocabulary on this rank]`.
+    pub(crate) fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        Ok(hidden.f_mm(&self.weight.f_to_kind(hidden.kind())?.f_tr()?)?)
+    }
+
+    /// Rows of an embedding `[vocabulary on this rank, d]` for `ids` `[n]`, completed over the ranks.
+    pub(crate) fn embed(
+        embedding: &Tensor,
+        rows: &Range<i64>,
+        ids: &Tensor,
+        kind: Kind,
+        communicator: &mut dyn Communicator,
+    ) -> Result<Tensor> {
+        let head = VocabularyHead { weight: embedding, rows: rows.clone() };
+        let (local, is_local) = head.localise(ids)?;
+        let mut hidden = embedding.f_index_select(0, &local.f_squeeze()?.f_view([-1i64])?)?.f_to_kind(kind)?;
+        if communicator.tp_degree() > 1 {
+            let _ = hidden.f_mul_(&is_local.f_to_kind(kind)?)?;
+            communicator.all_reduce_sum(&mut hidden)?;
+        }
+        Ok(hidden)
+    }
+}
