@@ -66,8 +66,9 @@ impl Placement {
                 channels: even_part(widths.intermediate_size, tp_degree, rank).collect(),
             }
         };
-        let ranks =
-            (0..tp_degree).map(|rank| spec.layers.iter().map(|widths| share(widths, rank)).collect()).collect();
+        let ranks = (0..tp_degree)
+            .map(|rank| spec.layers.iter().map(|widths| share(widths, rank)).collect())
+            .collect();
         Ok(Self { ranks })
     }
 
@@ -110,8 +111,11 @@ impl Placement {
         for layer in 0..dense.layers.len() {
             let mut kv_heads: Vec<Vec<usize>> =
                 balanced.ranks.iter_mut().map(|rank| std::mem::take(&mut rank[layer].kv_heads)).collect();
-            let mut query_heads: Vec<usize> =
-                balanced.ranks.iter_mut().flat_map(|rank| std::mem::take(&mut rank[layer].query_heads)).collect();
+            let mut query_heads: Vec<usize> = balanced
+                .ranks
+                .iter_mut()
+                .flat_map(|rank| std::mem::take(&mut rank[layer].query_heads))
+                .collect();
             let mut channels: Vec<Vec<usize>> =
                 balanced.ranks.iter_mut().map(|rank| std::mem::take(&mut rank[layer].channels)).collect();
             level(&mut kv_heads);
@@ -132,6 +136,9 @@ impl Placement {
 
 /// Evens out how many items the parts hold, moving as few as possible.
 fn level(parts: &mut [Vec<usize>]) {
+    if parts.is_empty() {
+        return;
+    }
     let total: usize = parts.iter().map(Vec::len).sum();
     let fair = total.div_ceil(parts.len());
     let fullest = parts.iter().map(Vec::len).max().unwrap_or(0);
