@@ -189,6 +189,20 @@ def test_a_cuda_pool_asks_one_gpu_for_each_worker_and_a_cpu_pool_none(render):
     assert option(pools["cpu"], "--device") == ["cpu"]
 
 
+def test_a_pools_own_image_takes_no_tag_or_digest_from_the_common_one(render):
+    common = {"registry": "r.example.com", "worker": {"tag": "1", "digest": "sha256:" + "f" * 64}}
+    pools = {"cpu": {}, "gpu": {"image": {"repository": "with-cuda"}}, "next": {"image": {"tag": "2"}}}
+    images = {
+        each["metadata"]["labels"]["espalier/pool"]: the_container(each["spec"]["template"]["spec"])["image"]
+        for each in worker_sets(render({"image": common, "workerPools": pools}))
+    }
+    assert images == {
+        "cpu": "r.example.com/espalier-worker@sha256:" + "f" * 64,
+        "gpu": "r.example.com/with-cuda:0.1.0",
+        "next": "r.example.com/espalier-worker:2",
+    }
+
+
 def test_only_the_named_reach_each_port(render):
     policies = {each["metadata"]["name"]: each["spec"] for each in of_kind(render({}), "NetworkPolicy")}
     assert sorted(policies) == ["trial-espalier-coordinator", "trial-espalier-worker-cpu"]

@@ -24,7 +24,7 @@ def help_of():
 
 def assert_known(help_text, arguments, variables):
     flags = set(re.findall(r"(--[a-z][a-z-]*)", help_text))
-    known = set(re.findall(r"\[env: ([A-Z_]+)", help_text))
+    known = set(re.findall(r"\[env:\s+([A-Z_]+)", help_text))
     for argument in arguments:
         assert not argument.startswith("--") or argument in flags, argument
     for variable in variables:
