@@ -25,7 +25,7 @@ COPY --from=build --chown=65532:65532 /image/out /out
 USER 65532:65532
 ENV ESPALIER_LISTEN=0.0.0.0:7070 \
     ESPALIER_DATA_DIR=/var/lib/espalier \
-    ESPALIER_ROOT=/models:/data:/out \
+    ESPALIER_ROOTS=/models:/data:/out \
     ESPALIER_LOG_FORMAT=json
 EXPOSE 7070
 ENTRYPOINT ["/usr/local/bin/coordinator"]

@@ -34,7 +34,7 @@ USER 65532:65532
 # torch's libraries find one another, and NVIDIA's beside them, from where they lie.
 ENV LD_LIBRARY_PATH=/opt/espalier/libtorch/torch/lib \
     ESPALIER_LISTEN=0.0.0.0:7071 \
-    ESPALIER_ROOT=/models:/data:/out \
+    ESPALIER_ROOTS=/models:/data:/out \
     ESPALIER_DEVICE=cpu \
     ESPALIER_LOG_FORMAT=json
 EXPOSE 7071

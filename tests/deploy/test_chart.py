@@ -25,9 +25,7 @@ def pods(objects):
 
 
 def worker_sets(objects):
-    return [
-        each for each in of_kind(objects, "StatefulSet") if each["metadata"]["labels"]["app.kubernetes.io/component"] == "worker"
-    ]
+    return [each for each in of_kind(objects, "StatefulSet") if "espalier/pool" in each["metadata"]["labels"]]
 
 
 def the_container(pod):
@@ -132,19 +130,22 @@ def test_claims_that_pods_use_are_made_or_given(objects):
 
 
 def test_services_and_policies_select_the_pods_that_they_are_named_after(objects):
-    labels = {each["metadata"]["name"]: each["spec"]["template"]["metadata"]["labels"] for each in of_kind(objects, "StatefulSet")}
-    for kind in ("Service", "NetworkPolicy", "PodDisruptionBudget"):
+    sets = of_kind(objects, "StatefulSet")
+    labels = {each["metadata"]["name"]: each["spec"]["template"]["metadata"]["labels"] for each in sets}
+    selectors = {
+        "Service": lambda spec: spec["selector"],
+        "NetworkPolicy": lambda spec: spec["podSelector"]["matchLabels"],
+        "PodDisruptionBudget": lambda spec: spec["selector"]["matchLabels"],
+    }
+    for kind, selector_of in selectors.items():
         for each in of_kind(objects, kind):
-            spec = each["spec"]
-            selector = {"Service": lambda: spec["selector"], "NetworkPolicy": lambda: spec["podSelector"]["matchLabels"]}.get(
-                kind, lambda: spec["selector"]["matchLabels"]
-            )()
-            selected = [name for name, found in labels.items() if selector.items() <= found.items()]
+            selector = selector_of(each["spec"]).items()
+            selected = [name for name, found in labels.items() if selector <= found.items()]
             assert selected == [each["metadata"]["name"]], (kind, each["metadata"]["name"])
     services = {each["metadata"]["name"] for each in of_kind(objects, "Service")}
-    for each in of_kind(objects, "StatefulSet"):
+    for each in sets:
         assert each["spec"]["serviceName"] in services
-        assert each["spec"]["selector"]["matchLabels"].items() <= each["spec"]["template"]["metadata"]["labels"].items()
+        assert each["spec"]["selector"]["matchLabels"].items() <= labels[each["metadata"]["name"]].items()
 
 
 def test_workers_call_the_coordinator_and_advertise_a_name_that_their_headless_service_gives(objects):
@@ -169,7 +170,9 @@ def test_workers_call_the_coordinator_and_advertise_a_name_that_their_headless_s
 
 
 def test_the_coordinator_is_alone_and_keeps_its_state_by_default(render):
-    (coordinator,) = [each for each in of_kind(render({}), "StatefulSet") if each["metadata"]["name"].endswith("-coordinator")]
+    (coordinator,) = [
+        each for each in of_kind(render({}), "StatefulSet") if each["metadata"]["name"].endswith("-coordinator")
+    ]
     assert coordinator["spec"]["replicas"] == 1
     (claim,) = coordinator["spec"]["volumeClaimTemplates"]
     container = the_container(coordinator["spec"]["template"]["spec"])

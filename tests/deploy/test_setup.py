@@ -142,7 +142,12 @@ def test_a_full_disk_is_refused_before_anything_is_fetched(tmp_path, monkeypatch
 
 @pytest.mark.parametrize(
     ("system", "machine", "libc"),
-    [("Darwin", "arm64", ("", "")), ("Linux", "aarch64", ("glibc", "2.36")), ("Linux", "x86_64", ("", "")), ("Linux", "x86_64", ("glibc", "2.17"))],
+    [
+        ("Darwin", "arm64", ("", "")),
+        ("Linux", "aarch64", ("glibc", "2.36")),
+        ("Linux", "x86_64", ("", "")),  # musl
+        ("Linux", "x86_64", ("glibc", "2.17")),
+    ],
 )
 def test_a_machine_that_libtorch_has_no_binaries_for_is_refused(system, machine, libc, monkeypatch):
     monkeypatch.setattr(platform, "system", lambda: system)

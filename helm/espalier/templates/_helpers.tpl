@@ -141,6 +141,8 @@ livenessProbe:
 {{- define "espalier.telemetryEnv" -}}
 - name: ESPALIER_LOG_FORMAT
   value: {{ .Values.telemetry.logFormat }}
+- name: RUST_LOG
+  value: {{ .Values.telemetry.logFilter | quote }}
 {{- with .Values.telemetry.otlpEndpoint }}
 - name: OTEL_EXPORTER_OTLP_ENDPOINT
   value: {{ . | quote }}
