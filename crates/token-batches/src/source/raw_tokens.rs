@@ -17,7 +17,7 @@ pub(super) fn read<const TOKEN_BYTES: usize>(
     sink: &mut RecordSink<'_>,
 ) -> Result<(), DataError> {
     let token_bytes = TOKEN_BYTES as u64;
-    if file_bytes % token_bytes != 0 {
+    if !file_bytes.is_multiple_of(token_bytes) {
         return Err(DataError::PartialToken { path: path.to_owned(), file_bytes, token_bytes });
     }
     let token_count = file_bytes / token_bytes;
