@@ -212,12 +212,17 @@ def test_new_pins_replace_what_was_laid_out_before(tmp_path, wheels, tiny_libtor
     assert not (dest / "torch/include/of_the_old_version.h").exists()
 
 
-@pytest.mark.parametrize("lost", setup_libtorch.NEEDED)
-def test_a_part_that_was_deleted_is_noticed(tmp_path, wheels, tiny_libtorch, lost):
+def test_a_part_that_was_deleted_or_emptied_is_noticed(tmp_path, wheels, tiny_libtorch):
     dest = tmp_path / "libtorch"
     setup_libtorch.lay_out(dest, "stamp", tiny_libtorch, wheels)
-    (dest / lost).unlink()
-    assert not setup_libtorch.is_complete(dest, "stamp")
+    for lost in setup_libtorch.NEEDED:
+        text = (dest / lost).read_text()
+        (dest / lost).write_text("")
+        assert not setup_libtorch.is_complete(dest, "stamp"), lost
+        (dest / lost).unlink()
+        assert not setup_libtorch.is_complete(dest, "stamp"), lost
+        (dest / lost).write_text(text)
+        assert setup_libtorch.is_complete(dest, "stamp"), lost
 
 
 def test_the_demo_files_count_only_with_their_pinned_bytes(tmp_path, index, wheels, monkeypatch):
