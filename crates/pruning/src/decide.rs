@@ -4,7 +4,6 @@ use crate::target::Goal;
 use crate::{InvalidKeepMask, KeepMask, LayerKeep, MovingAverage, NotASubset, Target};
 use model_spec::{Block, LayerSpec, ModelSpec};
 use recipe::HeadGrouping;
-use std::cmp::Ordering;
 
 /// Why no mask can be decided.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -84,11 +83,18 @@ pub(crate) fn keep_kv_groups(
     LayerKeep { query_heads: live.query_heads.iter().copied().filter(kept).collect(), kv_heads, channels }
 }
 
-/// By importance, then by index. Importances are finite, so the order is total.
-pub(crate) fn by_importance(importance: &[f64]) -> impl Fn(&usize, &usize) -> Ordering + '_ {
-    |one, other| {
-        importance[*one].partial_cmp(&importance[*other]).unwrap_or(Ordering::Equal).then(one.cmp(other))
-    }
+/// A group with its importance as an integer that sorts alike: by importance, then by index.
+pub(crate) type Ranked = (u64, usize);
+
+pub(crate) fn ranked(group: usize, importance: &[f64]) -> Ranked {
+    (sort_key(importance[group]), group)
+}
+
+/// An integer that sorts as the finite `number` does.
+pub(crate) fn sort_key(number: f64) -> u64 {
+    // Adding zero makes -0 equal to 0. Flipping the sign bit, or all bits below zero, makes the order that of integers.
+    let bits = (number + 0.0).to_bits();
+    bits ^ if bits >> 63 == 0 { 1 << 63 } else { u64::MAX }
 }
 
 /// The `kept_count` most important of `live`, ascending by index; all of them when they are no more.
@@ -96,10 +102,9 @@ fn drop_lowest(live: &[usize], importance: &[f64], kept_count: usize) -> Vec<usi
     let Some(removed_count @ 1..) = live.len().checked_sub(kept_count) else {
         return live.to_vec();
     };
-    let order = by_importance(importance);
-    let mut candidates = live.to_vec();
-    let (_, &mut last_removed, _) = candidates.select_nth_unstable_by(removed_count - 1, &order);
-    live.iter().copied().filter(|group| order(group, &last_removed) == Ordering::Greater).collect()
+    let mut candidates: Vec<Ranked> = live.iter().map(|&group| ranked(group, importance)).collect();
+    let (_, &mut last_removed, _) = candidates.select_nth_unstable(removed_count - 1);
+    live.iter().copied().filter(|&group| ranked(group, importance) > last_removed).collect()
 }
 
 fn check(

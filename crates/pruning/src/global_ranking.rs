@@ -12,7 +12,7 @@
 //! `query_heads` one head from each key/value head), so the counts are legal from the first decision on. A quantum's
 //! density is the mean over its groups, and at least that of the quantum before it. The last legal count always stays.
 
-use crate::decide::{by_importance, keep_kv_groups};
+use crate::decide::{Ranked, keep_kv_groups, ranked, sort_key};
 use crate::legal_counts::LegalCounts;
 use crate::target::{Density, WeightGoal};
 use crate::{KeepMask, LayerKeep, MovingAverage};
@@ -74,9 +74,11 @@ enum Cut {
     Ends(Vec<usize>),
 }
 
-#[derive(Clone, Copy)]
+/// A quantum with its place in the ranking: by density, then by pool (layer, attention before mlp), then in its pool's
+/// order.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Candidate {
-    density: f64,
+    density_key: u64,
     pool: u32,
     quantum: u32,
 }
@@ -126,8 +128,7 @@ impl Pool {
         let importance = &average.layers[layer].mlp;
         let (count, quantum) = (dense.layers[layer].intermediate_size, legal.channel_quantum());
         let (groups, cut) = if quantum == 1 {
-            let order = by_importance(importance);
-            let most = live.channels.iter().copied().max_by(|one, other| order(one, other));
+            let most = live.channels.iter().copied().max_by_key(|&channel| ranked(channel, importance));
             (live.channels.iter().copied().filter(|channel| Some(*channel) != most).collect(), Cut::Singles)
         } else {
             let legal_counts: Vec<usize> = (1..=count / quantum).map(|multiple| multiple * quantum).collect();
@@ -187,18 +188,19 @@ impl Pool {
                 density = density.max(before);
                 before = density;
             }
-            candidates.push(Candidate { density, pool: pool as u32, quantum: quantum as u32 });
+            let density_key = sort_key(density);
+            candidates.push(Candidate { density_key, pool: pool as u32, quantum: quantum as u32 });
         }
     }
 }
 
 /// Sorts each strand by importance and cuts all of them alike from the live count down to the least legal one.
 fn cut_sorted(strands: &[&[usize]], importance: &[f64], legal_counts: &[usize]) -> (Vec<usize>, Cut) {
-    let sorted: Vec<Vec<usize>> = strands
+    let sorted: Vec<Vec<Ranked>> = strands
         .iter()
         .map(|strand| {
-            let mut strand = strand.to_vec();
-            strand.sort_unstable_by(by_importance(importance));
+            let mut strand: Vec<Ranked> = strand.iter().map(|&group| ranked(group, importance)).collect();
+            strand.sort_unstable();
             strand
         })
         .collect();
@@ -207,7 +209,7 @@ fn cut_sorted(strands: &[&[usize]], importance: &[f64], legal_counts: &[usize]) 
     let mut removed = 0;
     for &count in legal_counts.iter().rev().filter(|&&count| count < live) {
         for strand in &sorted {
-            groups.extend_from_slice(&strand[removed..live - count]);
+            groups.extend(strand[removed..live - count].iter().map(|(_, group)| *group));
         }
         removed = live - count;
         ends.push(groups.len());
@@ -216,7 +218,7 @@ fn cut_sorted(strands: &[&[usize]], importance: &[f64], legal_counts: &[usize]) 
 }
 
 /// The shortest run of candidates, least dense first, that weighs at least `wanted`; all of them when they do not.
-/// Equal densities go by pool (layer, attention before mlp), then by quantum. Linear in time.
+/// Linear in time.
 fn least_dense(
     candidates: &mut [Candidate],
     mut wanted: u64,
@@ -225,14 +227,11 @@ fn least_dense(
     if wanted == 0 {
         return &[];
     }
-    let order = |one: &Candidate, other: &Candidate| {
-        one.density.total_cmp(&other.density).then((one.pool, one.quantum).cmp(&(other.pool, other.quantum)))
-    };
     // Those before `low` are taken, those from `high` on are not, and what is between is denser than the former.
     let (mut low, mut high) = (0, candidates.len());
     while high - low > 1 {
         let half = (high - low) / 2;
-        candidates[low..high].select_nth_unstable_by(half, order);
+        candidates[low..high].select_nth_unstable(half);
         let lower: u64 = candidates[low..low + half].iter().map(&weights).sum();
         if lower >= wanted {
             high = low + half;

@@ -151,7 +151,9 @@ impl KeepMask {
                 ("key/value head", &now.kv_heads, &then.kv_heads),
                 ("channel", &now.channels, &then.channels),
             ] {
-                if let Some(&index) = now.iter().find(|index| then.binary_search(index).is_err()) {
+                // Both ascend, so one walk over `then` meets all of `now`.
+                let mut then = then.iter();
+                if let Some(&index) = now.iter().find(|index| !then.any(|earlier| earlier == *index)) {
                     return Err(NotASubset { layer, what, index });
                 }
             }

@@ -58,9 +58,9 @@ impl MovingAverage {
     pub fn forget_removed(&mut self, keep: &KeepMask, grouping: HeadGrouping) {
         for (average, keep) in self.layers.iter_mut().zip(&keep.layers) {
             for block in [Block::Attention, Block::Mlp] {
-                let kept = keep.groups(block, grouping);
-                for (unit, average) in average.of_mut(block).iter_mut().enumerate() {
-                    if kept.binary_search(&unit).is_err() {
+                let mut kept = keep.groups(block, grouping).iter().peekable();
+                for (group, average) in average.of_mut(block).iter_mut().enumerate() {
+                    if kept.next_if(|kept| **kept == group).is_none() {
                         *average = 0.0;
                     }
                 }

@@ -80,8 +80,14 @@ impl Placement {
     /// What stays where it is under `mask`: nothing moves.
     #[must_use]
     pub fn restricted_to(&self, mask: &KeepMask) -> Self {
+        // Both ascend, so one walk over `kept` meets all of `held`.
         let kept = |held: &[usize], kept: &[usize]| -> Vec<usize> {
-            held.iter().copied().filter(|index| kept.binary_search(index).is_ok()).collect()
+            let mut kept = kept.iter().peekable();
+            let mut is_kept = |index: &usize| {
+                while kept.next_if(|kept| **kept < *index).is_some() {}
+                kept.next_if_eq(&index).is_some()
+            };
+            held.iter().copied().filter(|index| is_kept(index)).collect()
         };
         let ranks = self
             .ranks
