@@ -63,8 +63,9 @@ pub fn from_pb(message: Option<pb::Recipe>, path: &str, found: &mut Violations) 
     recipe
 }
 
-/// The message's name of a field that the domain type calls otherwise.
-fn field_of_message(field: &str) -> &str {
+/// The message's name of a field that the domain type calls otherwise, relative to the recipe.
+#[must_use]
+pub fn field_of_message(field: &str) -> &str {
     match field {
         "optimizer.beta1" => "optimizer.adamw.beta1",
         "optimizer.beta2" => "optimizer.adamw.beta2",
