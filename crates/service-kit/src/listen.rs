@@ -65,11 +65,17 @@ impl ListenArgs {
         if !address.ip().is_loopback() && !self.insecure {
             return Err(ListenError::NotLoopback { address });
         }
-        let named = |cause: io::Error| match cause.kind() {
-            ErrorKind::AddrInUse => ListenError::InUse { address },
-            ErrorKind::PermissionDenied => ListenError::NotAllowed { address },
-            ErrorKind::AddrNotAvailable => ListenError::NotOurs { address },
-            _ => ListenError::Other { address, cause },
+        let named = |cause: io::Error| {
+            let kind = cause.kind();
+            if kind == ErrorKind::AddrInUse {
+                ListenError::InUse { address }
+            } else if kind == ErrorKind::PermissionDenied {
+                ListenError::NotAllowed { address }
+            } else if kind == ErrorKind::AddrNotAvailable {
+                ListenError::NotOurs { address }
+            } else {
+                ListenError::Other { address, cause }
+            }
         };
         let socket = TcpListener::bind(address).await.map_err(named)?;
         let address = socket.local_addr().map_err(named)?;

@@ -136,11 +136,12 @@ impl Roots {
         for existing in path.ancestors() {
             match existing.symlink_metadata() {
                 Ok(metadata) => {
-                    let real = existing.canonicalize().map_err(|cause| match cause.kind() {
-                        ErrorKind::NotFound if metadata.is_symlink() => {
+                    let real = existing.canonicalize().map_err(|cause| {
+                        if cause.kind() == ErrorKind::NotFound && metadata.is_symlink() {
                             PathRefused::DanglingLink { path: existing.to_owned() }
+                        } else {
+                            unreadable(existing, cause)
                         }
-                        _ => unreadable(existing, cause),
                     })?;
                     // `existing` is an ancestor of `path`, and the rest has neither links nor `..`.
                     let rest = path.strip_prefix(existing).unwrap_or(Path::new(""));
@@ -189,9 +190,10 @@ impl Roots {
 
 fn unreadable(path: &Path, cause: io::Error) -> PathRefused {
     let path = path.to_owned();
-    match cause.kind() {
-        ErrorKind::NotFound | ErrorKind::NotADirectory => PathRefused::Missing { path },
-        _ => PathRefused::Unreadable { path, cause },
+    if matches!(cause.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) {
+        PathRefused::Missing { path }
+    } else {
+        PathRefused::Unreadable { path, cause }
     }
 }
 
