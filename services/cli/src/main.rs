@@ -1,1 +1,35 @@
-fn main() {}
+//! `espalier`: prunes on this machine, or talks to a coordinator.
+
+mod args;
+mod children;
+mod commands;
+mod failure;
+mod follow;
+mod interrupts;
+mod local_cluster;
+mod local_paths;
+mod local_run;
+mod out_folder;
+mod progress;
+mod proto_json;
+mod report;
+mod run_file;
+mod tables;
+mod telemetry;
+mod units;
+
+use clap::Parser;
+use std::process::ExitCode;
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    // A wrong command line ends here, with exit code 2.
+    let args = args::Args::parse();
+    match commands::run(args.command).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("{failure}");
+            failure.exit_code()
+        }
+    }
+}

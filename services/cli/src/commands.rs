@@ -1,0 +1,33 @@
+//! One module a command.
+
+mod eval;
+mod import;
+mod logits;
+mod prune;
+mod remote;
+mod report;
+
+use crate::args::Command;
+use crate::failure::Failure;
+
+/// # Errors
+/// What the command says went wrong.
+pub(crate) async fn run(command: Command) -> Result<(), Failure> {
+    match command {
+        Command::Prune(args) => prune::run(*args).await,
+        Command::Eval(args) => eval::run(args).await,
+        Command::Import(args) => import::run(&args),
+        Command::Logits(args) => logits::run(&args).await,
+        Command::Report(args) => report::run(&args),
+        Command::Create(args) => remote::create(args).await,
+        Command::Get(args) => remote::get(args).await,
+        Command::List(args) => remote::list(args).await,
+        Command::Watch(args) => remote::watch(args).await,
+        Command::Cancel(args) => remote::cancel(args).await,
+        Command::Evaluate(args) => remote::evaluate(args).await,
+        Command::Export(args) => remote::export(args).await,
+        Command::Decisions(args) => remote::decisions(args).await,
+        Command::Mask(args) => remote::mask(args).await,
+        Command::Workers(args) => remote::workers(args).await,
+    }
+}

@@ -1,0 +1,68 @@
+use crate::args::EvalArgs;
+use crate::failure::Failure;
+use crate::interrupts::Interrupts;
+use crate::local_cluster::ClusterOptions;
+use crate::local_run::run_locally;
+use crate::out_folder::pretty;
+use crate::progress::Progress;
+use crate::run_file::{Evaluation, RunFile, TextFile};
+use crate::{local_paths, proto_json, telemetry, units};
+use anyhow::Context;
+use recipe::Recipe;
+use std::time::Duration;
+
+/// # Errors
+/// When the input is wrong, or the measurement fails or is interrupted.
+pub(crate) async fn run(args: EvalArgs) -> Result<(), Failure> {
+    let (model, _) = local_paths::model(&args.model)?;
+    let file = |path: &std::path::PathBuf| TextFile {
+        path: path.clone(),
+        field: args.data_field.clone(),
+        format: args.data_format,
+    };
+    let mut data: Vec<TextFile> = args.data.iter().map(file).collect();
+    local_paths::texts(&mut data)?;
+    let logs = tempfile::tempdir().context("failed to create a folder for logs")?;
+    let _telemetry = telemetry::to_file(&logs.path().join("coordinator.log"))?;
+    let interrupts = Interrupts::listen()?;
+    let options = ClusterOptions {
+        worker_count: args.workers,
+        threads: args.threads,
+        roots: local_paths::roots(&model, data.iter()),
+        logs: logs.path().to_owned(),
+    };
+    let file = RunFile {
+        name: "eval".into(),
+        model: Some(model),
+        recipe: Recipe { steps: 0, pruning: None, ..Recipe::default() },
+        workers: Some(args.workers),
+        evaluation: Some(Evaluation {
+            data,
+            window_tokens: args.window,
+            mode: args.mode,
+            max_tokens: args.max_tokens,
+            rows: args.rows,
+        }),
+        ..RunFile::default()
+    };
+    let mut progress = Progress::new(0);
+    let result = run_locally(file.to_spec(), &options, interrupts, &mut progress, |_| Ok(())).await;
+    progress.finish();
+    let local = result?;
+    if let Some(failure) = local.failure {
+        return Err(failure);
+    }
+    let evaluation =
+        local.run.evaluations.last().ok_or_else(|| Failure::failed("the run ended without a measurement"))?;
+    if args.json {
+        print!("{}", pretty(&proto_json::to_json(evaluation)?)?);
+    } else {
+        println!("perplexity         {:.4}", evaluation.perplexity);
+        println!("predicted tokens   {}", units::grouped(evaluation.predicted_tokens));
+        println!(
+            "took               {}",
+            units::duration(Duration::from_secs_f64(evaluation.seconds.max(0.0)))
+        );
+    }
+    Ok(())
+}

@@ -1,0 +1,185 @@
+//! A coordinator in this process and workers as children: the same services over the same gRPC as on a cluster.
+
+use crate::children::{Worker, log_tail, worker_binary};
+use crate::failure::{Failure, OrBadInput, from_status};
+use anyhow::Context;
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use tokio::process::Command;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep, timeout};
+use tokio_util::sync::CancellationToken;
+use wire::client::{RunClient, connected_channel, registry_client, run_client, within};
+use wire::{limits, pb};
+
+/// How long workers may take to load their libraries and register.
+const REGISTER_DEADLINE: Duration = Duration::from_secs(120);
+const POLL: Duration = Duration::from_millis(50);
+const COORDINATOR_STOP_DEADLINE: Duration = Duration::from_secs(10);
+const TAIL_LINES: usize = 8;
+const LOOPBACK: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
+
+/// What a cluster on this machine needs to know.
+#[derive(Debug, Clone)]
+pub(crate) struct ClusterOptions {
+    pub worker_count: u32,
+    /// Compute threads of each worker; nothing: cores / workers.
+    pub threads: Option<u32>,
+    /// Folders that the run may read from and write to.
+    pub roots: BTreeSet<PathBuf>,
+    /// Where the workers' logs go.
+    pub logs: PathBuf,
+}
+
+/// Running services. Nothing of them is left after [`LocalCluster::stop`], or after a drop.
+#[derive(Debug)]
+pub(crate) struct LocalCluster {
+    pub client: RunClient,
+    workers: Vec<Worker>,
+    coordinator: JoinHandle<anyhow::Result<()>>,
+    shutdown: CancellationToken,
+}
+
+impl LocalCluster {
+    /// Starts a coordinator and its workers and waits until all have registered.
+    ///
+    /// # Errors
+    /// When there is no worker binary, or a worker ends or does not register in time: with the end of its log.
+    pub(crate) async fn start(options: &ClusterOptions) -> Result<Self, Failure> {
+        let binary = if options.worker_count > 0 { Some(worker_binary().or_bad_input()?) } else { None };
+        let shutdown = CancellationToken::new();
+        let listener =
+            service_kit::ListenArgs::default().bind(LOOPBACK).await.context("failed to open a local port")?;
+        let url = format!("http://{}", listener.address());
+        let coordinator = tokio::spawn(serve(options.roots.clone(), listener, shutdown.clone()));
+        // From here on a drop ends everything: the guard stops the coordinator, each worker kills its process.
+        let guard = shutdown.clone().drop_guard();
+        let mut workers = Vec::new();
+        for index in 0..options.worker_count {
+            let id = format!("worker-{index}");
+            let log = options.logs.join(format!("{id}.log"));
+            let Some(binary) = &binary else { break };
+            workers.push(Worker::start(id.clone(), worker_command(binary, &id, &url, options), log)?);
+        }
+        let channel =
+            connected_channel(&url).await.context("the coordinator of this command does not answer")?;
+        let mut registry = registry_client(channel.clone());
+        let deadline = Instant::now() + REGISTER_DEADLINE;
+        loop {
+            if let Some(failure) = ended_worker(&mut workers) {
+                return Err(failure);
+            }
+            let request = within(limits::QUICK_CALL, pb::ListWorkersRequest {});
+            let listed = registry.list_workers(request).await.map_err(|status| {
+                from_status("failed to ask the local coordinator for its workers", &status)
+            })?;
+            if listed.into_inner().workers.len() >= workers.len() {
+                break;
+            }
+            if Instant::now() >= deadline {
+                let tails: Vec<String> =
+                    workers.iter().map(|worker| log_tail(&worker.log, TAIL_LINES)).collect();
+                let message =
+                    format!("the workers did not register within {} s", REGISTER_DEADLINE.as_secs());
+                return Err(Failure::failed(message).with_note(&tails.join("\n")));
+            }
+            sleep(POLL).await;
+        }
+        guard.disarm();
+        Ok(Self { client: run_client(channel), workers, coordinator, shutdown })
+    }
+
+    /// Returns when a worker process has ended, with how.
+    pub(crate) async fn worker_ended(&mut self) -> Failure {
+        loop {
+            if let Some(failure) = ended_worker(&mut self.workers) {
+                return failure;
+            }
+            sleep(POLL).await;
+        }
+    }
+
+    /// The ends of the workers' logs.
+    #[must_use]
+    pub(crate) fn log_tails(&self) -> String {
+        let tails: Vec<String> =
+            self.workers.iter().map(|worker| log_tail(&worker.log, TAIL_LINES)).collect();
+        tails.into_iter().filter(|tail| !tail.is_empty()).collect::<Vec<_>>().join("\n")
+    }
+
+    /// Ends workers and coordinator, by force where they do not end when asked.
+    pub(crate) async fn stop(mut self) {
+        let mut workers = std::mem::take(&mut self.workers);
+        let stopping: Vec<_> =
+            workers.drain(..).map(|mut worker| tokio::spawn(async move { worker.stop().await })).collect();
+        for stopping in stopping {
+            // A worker's task has no reason to fail, and a worker that it dropped is dead as well.
+            let _ = stopping.await;
+        }
+        self.shutdown.cancel();
+        match timeout(COORDINATOR_STOP_DEADLINE, &mut self.coordinator).await {
+            Ok(Ok(Ok(()))) => {}
+            Ok(Ok(Err(error))) => tracing::warn!(error = format!("{error:#}"), "the coordinator ended badly"),
+            Ok(Err(error)) => tracing::warn!(%error, "the coordinator's task failed"),
+            Err(_) => self.coordinator.abort(),
+        }
+    }
+
+    /// Ends everything at once.
+    pub(crate) async fn kill(mut self) {
+        for worker in &mut self.workers {
+            worker.kill().await;
+        }
+        self.coordinator.abort();
+    }
+}
+
+impl Drop for LocalCluster {
+    fn drop(&mut self) {
+        self.shutdown.cancel();
+    }
+}
+
+fn ended_worker(workers: &mut [Worker]) -> Option<Failure> {
+    workers.iter_mut().find_map(|worker| {
+        let status = worker.ended()?;
+        let message = format!("{} ended unexpectedly ({status})", worker.id);
+        Some(Failure::failed(message).with_note(&log_tail(&worker.log, TAIL_LINES)))
+    })
+}
+
+fn worker_command(binary: &Path, id: &str, coordinator_url: &str, options: &ClusterOptions) -> Command {
+    let threads = options.threads.unwrap_or_else(|| default_threads(options.worker_count));
+    let mut command = Command::new(binary);
+    command.args([
+        "--listen",
+        "127.0.0.1:0",
+        "--coordinator",
+        coordinator_url,
+        "--id",
+        id,
+        "--device",
+        "cpu",
+    ]);
+    command.args(["--threads", &threads.to_string(), "--exit-with-parent", "--log-format", "text"]);
+    for root in &options.roots {
+        command.arg("--root").arg(root);
+    }
+    command
+}
+
+/// The machine's cores dealt out evenly, at least one to each worker.
+fn default_threads(worker_count: u32) -> u32 {
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    (u32::try_from(cores).unwrap_or(u32::MAX) / worker_count.max(1)).max(1)
+}
+
+async fn serve(
+    _roots: BTreeSet<PathBuf>,
+    _listener: service_kit::Listener,
+    _shutdown: CancellationToken,
+) -> anyhow::Result<()> {
+    Ok(())
+}
