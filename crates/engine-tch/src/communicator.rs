@@ -15,7 +15,6 @@ pub(crate) enum ReduceOp {
 
 /// One rank's membership of a group. Every rank calls the same methods in the same order.
 pub(crate) trait Communicator {
-    fn tp_rank(&self) -> usize;
     fn tp_degree(&self) -> usize;
 
     /// Replaces `values`, contiguous and of equal shape on all ranks, by the reduction over the ranks. All ranks get
@@ -31,10 +30,6 @@ pub(crate) trait Communicator {
 pub(crate) struct Alone;
 
 impl Communicator for Alone {
-    fn tp_rank(&self) -> usize {
-        0
-    }
-
     fn tp_degree(&self) -> usize {
         1
     }
@@ -65,7 +60,14 @@ impl Store {
         let (mut raw, mut bound) = (std::ptr::null_mut(), 0);
         // SAFETY: the pointers are live for the call; on success `raw` owns a store.
         let message = unsafe {
-            ffi::esp_store_new(host.as_ptr(), port, server, milliseconds(timeout), &raw mut raw, &raw mut bound)
+            ffi::esp_store_new(
+                host.as_ptr(),
+                port,
+                server,
+                milliseconds(timeout),
+                &raw mut raw,
+                &raw mut bound,
+            )
         };
         ffi::check(message, Fault::Collective)?;
         Ok(Self { raw, port: bound })
@@ -86,7 +88,6 @@ impl Drop for Store {
 /// Gloo over TCP, as it is inside libtorch.
 pub(crate) struct Gloo {
     raw: *mut ffi::RawGroup,
-    tp_rank: usize,
     tp_degree: usize,
     /// Outlives the group: rank 0's store is the server that the others talk to.
     _store: Store,
@@ -115,15 +116,11 @@ impl Gloo {
             )
         };
         ffi::check(message, Fault::Collective)?;
-        Ok(Self { raw, tp_rank, tp_degree, _store: store })
+        Ok(Self { raw, tp_degree, _store: store })
     }
 }
 
 impl Communicator for Gloo {
-    fn tp_rank(&self) -> usize {
-        self.tp_rank
-    }
-
     fn tp_degree(&self) -> usize {
         self.tp_degree
     }
@@ -146,7 +143,8 @@ impl Drop for Gloo {
 }
 
 fn c_string(text: &str) -> Result<CString> {
-    CString::new(text).map_err(|_| Fault::Refused(format!("host name `{}` holds a zero byte", text.escape_debug())))
+    CString::new(text)
+        .map_err(|_| Fault::Refused(format!("host name `{}` holds a zero byte", text.escape_debug())))
 }
 
 fn milliseconds(duration: Duration) -> i64 {

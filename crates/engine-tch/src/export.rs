@@ -8,7 +8,9 @@ use crate::fault::{Fault, Result, chain};
 use crate::model::{Adapters, Model};
 use crate::source::{Source, kind_of, select};
 use crate::state_file::{PROBE_LOGITS, RankState, factor_name, to_bytes};
-use checkpoint::{Dtype, ExportManifest, FolderWriter, LayerKept, MANIFEST_FILE, SourceModel, TensorHeader, TensorRef};
+use checkpoint::{
+    Dtype, ExportManifest, FolderWriter, LayerKept, MANIFEST_FILE, SourceModel, TensorHeader, TensorRef,
+};
 use engine::{ExportDtype, ExportJob, ExportWritten};
 use model_spec::{Block, ModelSpec, Projection, Split};
 use pruning::LayerKeep;
@@ -51,7 +53,8 @@ pub(crate) fn export(job: &ExportJob, logits_program: &Path) -> Result<ExportWri
         },
     };
     let file = |error: &dyn std::error::Error| Fault::File(chain(error));
-    let config = checkpoint::export_config(&source.folder.config().raw, &written_spec, dtype).map_err(|e| file(&e))?;
+    let config =
+        checkpoint::export_config(&source.folder.config().raw, &written_spec, dtype).map_err(|e| file(&e))?;
     let headers = checkpoint::required_tensors(&written_spec)
         .into_iter()
         .map(|(name, shape)| TensorHeader { name, dtype, shape })
@@ -63,11 +66,15 @@ pub(crate) fn export(job: &ExportJob, logits_program: &Path) -> Result<ExportWri
         let merged = merge.tensor(&name)?;
         let sizes: Vec<usize> = merged.size().iter().map(|size| *size as usize).collect();
         if sizes != shape {
-            return Err(Fault::Refused(format!("merged tensor `{name}` has shape {sizes:?}, expected {shape:?}")));
+            return Err(Fault::Refused(format!(
+                "merged tensor `{name}` has shape {sizes:?}, expected {shape:?}"
+            )));
         }
         let rounded = merged.f_to_kind(kind_of(dtype))?;
         if rounded.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
-            return Err(Fault::Refused(format!("tensor `{name}` exceeds the range of {dtype:?}; export as f32 or bf16")));
+            return Err(Fault::Refused(format!(
+                "tensor `{name}` exceeds the range of {dtype:?}; export as f32 or bf16"
+            )));
         }
         let (_, _, bytes) = to_bytes(&rounded)?;
         weight_bytes += bytes.len() as u64;
@@ -183,7 +190,13 @@ impl Merge<'_> {
     }
 
     /// A factor of the kept features, put together from the ranks.
-    fn factor(&self, layer: usize, projection: Projection, factor: Factor, features: &[i64]) -> Result<Tensor> {
+    fn factor(
+        &self,
+        layer: usize,
+        projection: Projection,
+        factor: Factor,
+        features: &[i64],
+    ) -> Result<Tensor> {
         let name = factor_name("lora", layer, projection, factor);
         let Some(first) = self.ranks.first() else {
             return Err(Fault::Refused("an export needs the checkpoint of at least one rank".into()));
@@ -205,7 +218,9 @@ impl Merge<'_> {
             .iter()
             .map(|feature| {
                 order.iter().position(|held| held == feature).map(|place| place as i64).ok_or_else(|| {
-                    Fault::Refused(format!("no rank's checkpoint holds feature {feature} of layer {layer} {projection}"))
+                    Fault::Refused(format!(
+                        "no rank's checkpoint holds feature {feature} of layer {layer} {projection}"
+                    ))
                 })
             })
             .collect::<Result<Vec<_>>>()?;
@@ -262,28 +277,36 @@ struct LogitCheck {
 fn check_folder(folder: &Path, ranks: &[RankState], dtype: Dtype, program: &Path) -> Result<LogitCheck> {
     let prompts = match ranks.first() {
         Some(rank) if !rank.prompts.is_empty() => &rank.prompts,
-        Some(_) | None => return Err(Fault::Refused("the checkpoint holds no prompts to check the export with".into())),
+        Some(_) | None => {
+            return Err(Fault::Refused("the checkpoint holds no prompts to check the export with".into()));
+        }
     };
     let parts = ranks.iter().map(|rank| rank.tensor(PROBE_LOGITS)).collect::<Result<Vec<_>>>()?;
     let expected = Tensor::f_cat(&parts, 1)?.f_to_kind(Kind::Double)?;
-    let work = tempfile::tempdir().map_err(|error| Fault::File(format!("failed to make a temporary folder: {error}")))?;
+    let work = tempfile::tempdir()
+        .map_err(|error| Fault::File(format!("failed to make a temporary folder: {error}")))?;
     let (tokens, out) = (work.path().join("prompts.json"), work.path().join("logits.safetensors"));
     let text = serde_json::to_vec(prompts).map_err(|error| Fault::File(error.to_string()))?;
-    std::fs::write(&tokens, text).map_err(|error| Fault::File(format!("failed to write prompts: {error}")))?;
+    std::fs::write(&tokens, text)
+        .map_err(|error| Fault::File(format!("failed to write prompts: {error}")))?;
     run_logits(program, folder, &tokens, &out)?;
     let reloaded = checkpoint::read_tensors(&out, None).map_err(|error| Fault::File(chain(&error)))?;
     let mut actual = Vec::with_capacity(prompts.len());
     for index in 0..prompts.len() {
         let name = format!("logits.{index}");
-        let tensor =
-            reloaded.tensors.get(&name).ok_or_else(|| Fault::File(format!("the check wrote no tensor `{name}`")))?;
+        let tensor = reloaded
+            .tensors
+            .get(&name)
+            .ok_or_else(|| Fault::File(format!("the check wrote no tensor `{name}`")))?;
         let shape: Vec<i64> = tensor.shape.iter().map(|size| *size as i64).collect();
         actual.push(Tensor::f_from_data_size(&tensor.bytes, &shape, kind_of(tensor.dtype))?);
     }
     let actual = Tensor::f_cat(&actual, 0)?.f_to_kind(Kind::Double)?;
     if actual.size() != expected.size() {
         let (actual, expected) = (actual.size(), expected.size());
-        return Err(Fault::Refused(format!("the reloaded logits have shape {actual:?}, the run's {expected:?}")));
+        return Err(Fault::Refused(format!(
+            "the reloaded logits have shape {actual:?}, the run's {expected:?}"
+        )));
     }
     let check = compare(&expected, &actual, prompts.len())?;
     let failed = match dtype {
@@ -303,7 +326,11 @@ fn check_folder(folder: &Path, ranks: &[RankState], dtype: Dtype, program: &Path
 fn compare(expected: &Tensor, actual: &Tensor, prompts: usize) -> Result<LogitCheck> {
     let value = |tensor: Tensor| tensor.f_double_value(&[]);
     let (log_p, log_q) = (expected.f_log_softmax(-1, None)?, actual.f_log_softmax(-1, None)?);
-    let kl = log_p.f_exp()?.f_mul(&log_p.f_sub(&log_q)?)?.f_sum_dim_intlist(&[1i64][..], false, None)?.f_mean(None)?;
+    let kl = log_p
+        .f_exp()?
+        .f_mul(&log_p.f_sub(&log_q)?)?
+        .f_sum_dim_intlist(&[1i64][..], false, None)?
+        .f_mean(None)?;
     let same = expected.f_argmax(-1, false)?.f_eq_tensor(&actual.f_argmax(-1, false)?)?;
     Ok(LogitCheck {
         prompts,
@@ -315,7 +342,9 @@ fn compare(expected: &Tensor, actual: &Tensor, prompts: usize) -> Result<LogitCh
 }
 
 fn run_logits(program: &Path, folder: &Path, tokens: &Path, out: &Path) -> Result<()> {
-    let failed = |text: String| Fault::File(format!("failed to check the export with `{}`: {text}", program.display()));
+    let failed = |text: String| {
+        Fault::File(format!("failed to check the export with `{}`: {text}", program.display()))
+    };
     let mut child = Command::new(program)
         .arg("logits")
         .arg("--model")

@@ -97,10 +97,6 @@ impl FactorLayout {
         self.places.len()
     }
 
-    pub(crate) fn len(&self) -> i64 {
-        self.len
-    }
-
     /// The view of one factor in a flat tensor of this layout.
     pub(crate) fn view(
         &self,
@@ -114,7 +110,12 @@ impl FactorLayout {
     }
 
     /// `lora_a` of consecutive projections that read the same input, stacked: `[count * rank, in]`.
-    pub(crate) fn stacked_a(&self, flat: &Tensor, layer: usize, projections: &[Projection]) -> Result<Tensor> {
+    pub(crate) fn stacked_a(
+        &self,
+        flat: &Tensor,
+        layer: usize,
+        projections: &[Projection],
+    ) -> Result<Tensor> {
         let (offset, [lora_rank, columns]) = self.places[layer][projections[0].index()][Factor::A as usize];
         let rows = lora_rank * projections.len() as i64;
         Ok(flat.f_narrow(0, offset, rows * columns)?.f_view([rows, columns])?)
@@ -149,13 +150,16 @@ impl FactorLayout {
             for projection in Projection::ALL {
                 let columns: Vec<u64> = match projection.split() {
                     Split::Column => (0..dense.hidden_size as u64).collect(),
-                    Split::Row => {
-                        split_features(held, projection, dense.head_dim).iter().map(|index| *index as u64).collect()
-                    }
+                    Split::Row => split_features(held, projection, dense.head_dim)
+                        .iter()
+                        .map(|index| *index as u64)
+                        .collect(),
                 };
                 let [_, fan_in] = dense.projection_shape(layer, projection);
                 let bound = 1.0 / (fan_in as f64).sqrt();
-                let key = splitmix(splitmix(seed ^ 0x004C_6F52_415F_4100) ^ (layer * 7 + projection.index()) as u64);
+                let key = splitmix(
+                    splitmix(seed ^ 0x004C_6F52_415F_4100) ^ (layer * 7 + projection.index()) as u64,
+                );
                 let (_, [lora_rank, _]) = self.places[layer][projection.index()][Factor::A as usize];
                 let mut values = Vec::with_capacity(columns.len() * lora_rank as usize);
                 for row in 0..lora_rank as u64 {

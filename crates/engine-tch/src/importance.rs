@@ -110,9 +110,13 @@ fn projection_sums(
         Criterion::Taylor | Criterion::Magnitude | Criterion::Random => None,
     };
     let gradient = match (criterion, inputs.weight_gradients) {
-        (Criterion::Taylor, Some(gradients)) => Some(gradient_rows(&gradients[layer], shard, projection, inputs.head_dim)?),
+        (Criterion::Taylor, Some(gradients)) => {
+            Some(gradient_rows(&gradients[layer], shard, projection, inputs.head_dim)?)
+        }
         (Criterion::Taylor, None) => {
-            return Err(Fault::Refused("the `taylor` criterion needs weight gradients, which this pass did not keep".into()));
+            return Err(Fault::Refused(
+                "the `taylor` criterion needs weight gradients, which this pass did not keep".into(),
+            ));
         }
         (Criterion::LoraPrune { .. } | Criterion::Magnitude | Criterion::Random, _) => None,
     };

@@ -270,7 +270,10 @@ impl LayerShard {
 
     /// The gradient of the layer's input from that of its output, both `[n, d]` and equal on all ranks. Gradients of the
     /// factors are added to `gradients`; those of replicated factors are this rank's part only.
-    #[allow(clippy::too_many_arguments, reason = "a backward pass reads what the forward pass read and wrote")]
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "a backward pass reads what the forward pass read and wrote"
+    )]
     pub(crate) fn backward(
         &self,
         layer: usize,
@@ -312,7 +315,13 @@ impl LayerShard {
         )?;
         drop((normed, grad_gate_up));
         communicator.all_reduce_sum(&mut grad_normed)?;
-        ops::rms_norm_backward_add(&mut grad, &grad_normed, &kept.x_mid, &kept.rstd_2, &self.post_attention_norm)?;
+        ops::rms_norm_backward_add(
+            &mut grad,
+            &grad_normed,
+            &kept.x_mid,
+            &kept.rstd_2,
+            &self.post_attention_norm,
+        )?;
 
         let heads_out = self.heads_out(kept.attended.as_ref(), pass)?;
         let mut grad_heads = self.adapted_o(layer, &[hidden]).backward(
@@ -389,7 +398,14 @@ impl LayerShard {
 
     fn adapted_o<'a>(&'a self, layer: usize, widths: &'a [i64]) -> Adapted<'a> {
         let features = &self.head_features;
-        Adapted { layer, site: DropoutSite::O, projections: &[Projection::O], widths, weight: &self.o, features }
+        Adapted {
+            layer,
+            site: DropoutSite::O,
+            projections: &[Projection::O],
+            widths,
+            weight: &self.o,
+            features,
+        }
     }
 
     fn adapted_gate_up<'a>(&'a self, layer: usize, widths: &'a [i64], pass: &'a Pass) -> Adapted<'a> {

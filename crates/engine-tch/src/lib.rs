@@ -22,3 +22,6 @@ mod state_file;
 
 pub use export::write_logits;
 pub use shard::TchEngine;
+
+#[cfg(test)]
+mod tests;

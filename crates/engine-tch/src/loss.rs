@@ -45,7 +45,10 @@ impl VocabularyHead<'_> {
             let (local, is_local) = self.localise(&targets.f_narrow(0, start, len)?)?;
             let mut highest = logits.f_amax([1i64], true)?;
             communicator.all_reduce(&mut highest, ReduceOp::Max)?;
-            let target_logit = logits.f_gather(1, &local, false)?.f_sub_(&highest)?.f_mul_(&is_local.f_to_kind(logits.kind())?)?;
+            let target_logit = logits
+                .f_gather(1, &local, false)?
+                .f_sub_(&highest)?
+                .f_mul_(&is_local.f_to_kind(logits.kind())?)?;
             let mut likelihoods = logits.f_sub_(&highest)?.f_exp_()?;
             let sum = likelihoods.f_sum_dim_intlist(&[1i64][..], true, None)?;
             let mut sums = Tensor::f_cat(&[&sum, &target_logit], 1)?;
@@ -92,7 +95,8 @@ impl VocabularyHead<'_> {
     ) -> Result<Tensor> {
         let head = VocabularyHead { weight: embedding, rows: rows.clone() };
         let (local, is_local) = head.localise(ids)?;
-        let mut hidden = embedding.f_index_select(0, &local.f_squeeze()?.f_view([-1i64])?)?.f_to_kind(kind)?;
+        let mut hidden =
+            embedding.f_index_select(0, &local.f_squeeze()?.f_view([-1i64])?)?.f_to_kind(kind)?;
         if communicator.tp_degree() > 1 {
             let _ = hidden.f_mul_(&is_local.f_to_kind(kind)?)?;
             communicator.all_reduce_sum(&mut hidden)?;

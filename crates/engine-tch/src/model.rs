@@ -106,7 +106,10 @@ impl Model {
     }
 
     fn head(&self) -> VocabularyHead<'_> {
-        VocabularyHead { weight: self.head.as_ref().unwrap_or(&self.embedding), rows: self.vocabulary.clone() }
+        VocabularyHead {
+            weight: self.head.as_ref().unwrap_or(&self.embedding),
+            rows: self.vocabulary.clone(),
+        }
     }
 
     /// Sum of negative log likelihoods over all tokens but the first of every row; with `training`, gradients too.
@@ -124,13 +127,15 @@ impl Model {
             None => (Recompute::Layer, 0),
         };
         let pass = self.pass(&rows, adapters, first_token)?;
-        let (hidden, saved) = self.run_layers(&rows, &pass, training.is_some().then_some(recompute), communicator)?;
+        let (hidden, saved) =
+            self.run_layers(&rows, &pass, training.is_some().then_some(recompute), communicator)?;
         let rstd = ops::rms_norm_rstd(&hidden, self.norm_eps)?;
         let normed = ops::rms_norm_apply(&hidden, &rstd, &self.final_norm)?;
         let wanted = normed.f_index_select(0, &rows.positions)?;
         drop(normed);
         let scale = training.as_ref().map(|training| training.loss_scale);
-        let (total, grad) = self.head().negative_log_likelihood(&wanted, &rows.targets, scale, communicator)?;
+        let (total, grad) =
+            self.head().negative_log_likelihood(&wanted, &rows.targets, scale, communicator)?;
         if let (Some(training), Some(grad)) = (training, grad) {
             let mut grad_normed = hidden.f_zeros_like()?;
             let _ = grad_normed.f_index_copy_(0, &rows.positions, &grad)?;
@@ -192,7 +197,15 @@ impl Model {
                 return Err(Fault::Refused(format!("layer {index} kept nothing for its backward pass")));
             };
             let weight_gradients = training.weight_gradients.as_deref_mut().map(|all| &mut all[index]);
-            grad = layer.backward(index, grad, kept, pass, training.gradients, weight_gradients, communicator)?;
+            grad = layer.backward(
+                index,
+                grad,
+                kept,
+                pass,
+                training.gradients,
+                weight_gradients,
+                communicator,
+            )?;
         }
         Ok(())
     }
@@ -254,7 +267,9 @@ impl Model {
                 }
             }
         }
-        let place = |values: &[i64]| -> Result<Tensor> { Ok(Tensor::f_from_slice(values)?.f_to_device(self.device())?) };
+        let place = |values: &[i64]| -> Result<Tensor> {
+            Ok(Tensor::f_from_slice(values)?.f_to_device(self.device())?)
+        };
         Ok(Rows {
             ids: place(&ids)?,
             positions: place(&positions)?,

@@ -125,18 +125,19 @@ pub(crate) fn attention_backward(
 ) -> Result<(Tensor, Tensor, Tensor)> {
     let shared = q.size()[2] / k.size()[2];
     let (k, v) = (repeat_heads(k, shared)?, repeat_heads(v, shared)?);
-    let (grad_q, grad_k, grad_v) = Tensor::f_internal_scaled_dot_product_flash_attention_for_cpu_backward::<Tensor>(
-        &grad_out.f_transpose(1, 2)?,
-        &q.f_transpose(1, 2)?,
-        &k.f_transpose(1, 2)?,
-        &v.f_transpose(1, 2)?,
-        &attended.out.f_transpose(1, 2)?,
-        &attended.log_sum_exp,
-        0.0,
-        true,
-        None,
-        None,
-    )?;
+    let (grad_q, grad_k, grad_v) =
+        Tensor::f_internal_scaled_dot_product_flash_attention_for_cpu_backward::<Tensor>(
+            &grad_out.f_transpose(1, 2)?,
+            &q.f_transpose(1, 2)?,
+            &k.f_transpose(1, 2)?,
+            &v.f_transpose(1, 2)?,
+            &attended.out.f_transpose(1, 2)?,
+            &attended.log_sum_exp,
+            0.0,
+            true,
+            None,
+            None,
+        )?;
     Ok((
         grad_q.f_transpose(1, 2)?,
         sum_shared(&grad_k.f_transpose(1, 2)?, shared)?,

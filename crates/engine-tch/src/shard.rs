@@ -13,8 +13,8 @@ use crate::optimizer::Moments;
 use crate::source::{Source, compute_kind, storage_kind};
 use crate::state_file;
 use engine::{
-    Engine, EngineError, ExportJob, ExportWritten, MaskApplied, NllSum, ProjectionScores, Rendezvous, ShardEngine,
-    ShardSetup, StepOutcome,
+    Engine, EngineError, ExportJob, ExportWritten, MaskApplied, NllSum, ProjectionScores, Rendezvous,
+    ShardEngine, ShardSetup, StepOutcome,
 };
 use model_spec::Projection;
 use pruning::KeepMask;
@@ -87,7 +87,9 @@ impl Shard {
         }
         let precision = setup.recipe.precision;
         if precision.compute == Compute::Bf16 && device == Device::Cpu {
-            return Err(Fault::Refused("`precision.compute: bf16` needs a CUDA device; use f32 on a CPU".into()));
+            return Err(Fault::Refused(
+                "`precision.compute: bf16` needs a CUDA device; use f32 on a CPU".into(),
+            ));
         }
         let source = Source::open(&setup.model)?;
         let spec = source.spec();
@@ -199,7 +201,8 @@ impl Shard {
 
     /// Global L2 norm: split factors add up over ranks, replicated ones count once.
     fn gradient_norm(&mut self) -> Result<f64> {
-        let square = |part: Tensor| -> Result<Tensor> { Ok(part.f_to_kind(Kind::Double)?.f_square()?.f_sum(None)?) };
+        let square =
+            |part: Tensor| -> Result<Tensor> { Ok(part.f_to_kind(Kind::Double)?.f_square()?.f_sum(None)?) };
         let replicated = square(self.layout.replicated(&self.gradients)?)?;
         let mut split = square(self.layout.split(&self.gradients)?)?.f_view([1i64])?;
         self.communicator.all_reduce_sum(&mut split)?;
@@ -352,7 +355,11 @@ impl ShardEngine for Shard {
         Ok(self.apply(generation, keep_mask)?)
     }
 
-    fn evaluate(&mut self, rows: &[&[u32]], rows_per_pass: usize) -> std::result::Result<NllSum, EngineError> {
+    fn evaluate(
+        &mut self,
+        rows: &[&[u32]],
+        rows_per_pass: usize,
+    ) -> std::result::Result<NllSum, EngineError> {
         Ok(self.evaluate_rows(rows, rows_per_pass)?)
     }
 

@@ -41,7 +41,9 @@ impl Shard {
                 self.mask_only(keep_mask)?;
                 0
             }
-            Shrink::Live => self.slice(self.placement.restricted_to(keep_mask).rebalanced(self.source.spec()))?,
+            Shrink::Live => {
+                self.slice(self.placement.restricted_to(keep_mask).rebalanced(self.source.spec()))?
+            }
         };
         self.keep_mask = keep_mask.clone();
         self.generation = generation;
@@ -68,8 +70,11 @@ impl Shard {
             shard.head_keep = Some(heads);
             shard.channel_keep = Some(channels);
             let among = |live: &[usize], held: &[usize]| -> Result<Option<Tensor>> {
-                let positions: Vec<i64> =
-                    live.iter().filter_map(|unit| held.binary_search(unit).ok()).map(|place| place as i64).collect();
+                let positions: Vec<i64> = live
+                    .iter()
+                    .filter_map(|unit| held.binary_search(unit).ok())
+                    .map(|place| place as i64)
+                    .collect();
                 Ok(Some(Tensor::f_from_slice(&positions)?.f_to_device(self.device)?))
             };
             self.live[layer] = LiveGroups {
@@ -128,10 +133,13 @@ impl Shard {
                         let (kept, sources): (Vec<i64>, Vec<i64>) = then
                             .iter()
                             .enumerate()
-                            .filter_map(|(place, feature)| Some((place as i64, now.binary_search(feature).ok()? as i64)))
+                            .filter_map(|(place, feature)| {
+                                Some((place as i64, now.binary_search(feature).ok()? as i64))
+                            })
                             .unzip();
                         let kept = Tensor::f_from_slice(&kept)?.f_to_device(self.device)?;
-                        let _ = to.f_index_copy_(dim, &kept, &select(&from, dim, &sources)?.f_contiguous()?)?;
+                        let _ =
+                            to.f_index_copy_(dim, &kept, &select(&from, dim, &sources)?.f_contiguous()?)?;
                         exchanged.receive(index, layer, projection, &then, &mut to)?;
                     }
                 }
@@ -153,7 +161,8 @@ impl Shard {
     /// gives all of them to everybody. A few groups move at a time, so this is small.
     fn exchange<'a>(&mut self, old: &[Tensor], moves: &'a Moves) -> Result<Exchanged<'a>> {
         let lora_rank = self.setup.recipe.lora.rank as i64;
-        let per_flat: i64 = moves.features.iter().flatten().map(|features| features.len() as i64 * lora_rank).sum();
+        let per_flat: i64 =
+            moves.features.iter().flatten().map(|features| features.len() as i64 * lora_rank).sum();
         let kind = old.first().map_or(Kind::Float, Tensor::kind);
         let mut buffer = Tensor::f_zeros([per_flat * old.len() as i64], (kind, self.device))?;
         let exchanged = Exchanged { buffer: buffer.shallow_clone(), per_flat, lora_rank, moves };
@@ -168,7 +177,9 @@ impl Shard {
                     let (places, sources): (Vec<i64>, Vec<i64>) = moves.features[layer][projection.index()]
                         .iter()
                         .enumerate()
-                        .filter_map(|(place, feature)| Some((place as i64, held.binary_search(feature).ok()? as i64)))
+                        .filter_map(|(place, feature)| {
+                            Some((place as i64, held.binary_search(feature).ok()? as i64))
+                        })
                         .unzip();
                     if places.is_empty() {
                         continue;
@@ -177,7 +188,8 @@ impl Shard {
                     let from = self.layout.view(old, layer, projection, split_factor(projection))?;
                     let mut slot = exchanged.slot(index, layer, projection)?;
                     let places = Tensor::f_from_slice(&places)?.f_to_device(self.device)?;
-                    let _ = slot.f_index_copy_(dim, &places, &select(&from, dim, &sources)?.f_contiguous()?)?;
+                    let _ =
+                        slot.f_index_copy_(dim, &places, &select(&from, dim, &sources)?.f_contiguous()?)?;
                 }
             }
         }
@@ -290,12 +302,9 @@ fn slice_layer(shard: &LayerShard, now: &RankLayer, then: &RankLayer, head_dim: 
             .collect()
     };
     let (query, key) = (shard.query_heads * head_dim as i64, shard.kv_heads * head_dim as i64);
-    let qkv = [
-        positions(Projection::Q, 0),
-        positions(Projection::K, query),
-        positions(Projection::V, query + key),
-    ]
-    .concat();
+    let qkv =
+        [positions(Projection::Q, 0), positions(Projection::K, query), positions(Projection::V, query + key)]
+            .concat();
     let gate_up = [positions(Projection::Gate, 0), positions(Projection::Up, shard.channels)].concat();
     let owned = |part: Tensor| -> Result<Tensor> { Ok(part.f_detach_copy()?) };
     let indices = |projection| -> Result<Tensor> {

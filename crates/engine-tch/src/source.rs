@@ -64,7 +64,9 @@ impl Source {
         let placed = if placed.data_ptr() == part.data_ptr() { placed.f_detach_copy()? } else { placed };
         if placed.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
             checkpoint::check_finite(&self.view(name)?).map_err(|error| Fault::File(error.to_string()))?;
-            return Err(Fault::File(format!("tensor `{name}` exceeds the range of the storage format {kind:?}")));
+            return Err(Fault::File(format!(
+                "tensor `{name}` exceeds the range of the storage format {kind:?}"
+            )));
         }
         Ok(placed.f_to_device(device)?)
     }
@@ -121,7 +123,10 @@ impl Source {
         Ok(LayerShard {
             input_norm: self.norm(&checkpoint::input_norm(layer), compute, device)?,
             post_attention_norm: self.norm(&checkpoint::post_attention_norm(layer), compute, device)?,
-            qkv: Tensor::f_cat(&[projection(Projection::Q)?, projection(Projection::K)?, projection(Projection::V)?], 0)?,
+            qkv: Tensor::f_cat(
+                &[projection(Projection::Q)?, projection(Projection::K)?, projection(Projection::V)?],
+                0,
+            )?,
             o: projection(Projection::O)?,
             gate_up: Tensor::f_cat(&[projection(Projection::Gate)?, projection(Projection::Up)?], 0)?,
             down: projection(Projection::Down)?,
@@ -141,7 +146,9 @@ pub(crate) fn select(tensor: &Tensor, dim: i64, indices: &[i64]) -> Result<Tenso
     let consecutive = indices.windows(2).all(|pair| pair[1] == pair[0] + 1);
     Ok(match indices.first() {
         Some(&first) if consecutive => tensor.f_narrow(dim, first, indices.len() as i64)?,
-        Some(_) => tensor.f_index_select(dim, &Tensor::f_from_slice(indices)?.f_to_device(tensor.device())?)?,
+        Some(_) => {
+            tensor.f_index_select(dim, &Tensor::f_from_slice(indices)?.f_to_device(tensor.device())?)?
+        }
         None => tensor.f_narrow(dim, 0, 0)?,
     })
 }

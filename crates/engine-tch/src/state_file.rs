@@ -64,7 +64,8 @@ pub(crate) fn write(shard: &mut Shard, file: &Path, prompts: &[Vec<u32>]) -> Res
         .iter()
         .map(|(name, shape, dtype, bytes)| TensorRef { name, dtype: *dtype, shape, bytes })
         .collect();
-    let digest = checkpoint::write_tensors(file, &refs, &metadata).map_err(|error| Fault::File(chain(&error)))?;
+    let digest =
+        checkpoint::write_tensors(file, &refs, &metadata).map_err(|error| Fault::File(chain(&error)))?;
     Ok(digest.to_string())
 }
 
@@ -78,14 +79,15 @@ pub(crate) struct RankState {
 impl RankState {
     /// Reads `path` after checking its digest, and that it is the part of `tp_rank` of `tp_degree`.
     pub(crate) fn read(path: &Path, sha256: &str, tp_rank: usize, tp_degree: usize) -> Result<Self> {
-        let expected: Sha256Digest =
-            sha256.parse().map_err(|error| Fault::Refused(format!("digest of `{}`: {error}", path.display())))?;
-        let file = checkpoint::read_tensors(path, Some(&expected)).map_err(|error| Fault::File(chain(&error)))?;
+        let expected: Sha256Digest = sha256
+            .parse()
+            .map_err(|error| Fault::Refused(format!("digest of `{}`: {error}", path.display())))?;
+        let file =
+            checkpoint::read_tensors(path, Some(&expected)).map_err(|error| Fault::File(chain(&error)))?;
         let field = |name: &str| {
-            file.metadata
-                .get(name)
-                .cloned()
-                .ok_or_else(|| Fault::File(format!("`{}` has no metadata `{name}`; it is no checkpoint", path.display())))
+            file.metadata.get(name).cloned().ok_or_else(|| {
+                Fault::File(format!("`{}` has no metadata `{name}`; it is no checkpoint", path.display()))
+            })
         };
         for (name, expected) in [
             ("espalier.format", FORMAT.to_owned()),
@@ -98,7 +100,8 @@ impl RankState {
                 return Err(Fault::File(format!("`{path}`: `{name}` is {actual}, expected {expected}")));
             }
         }
-        let broken = |error: serde_json::Error| Fault::File(format!("`{}`: broken metadata: {error}", path.display()));
+        let broken =
+            |error: serde_json::Error| Fault::File(format!("`{}`: broken metadata: {error}", path.display()));
         let held: Vec<[Vec<usize>; 3]> = serde_json::from_str(&field("espalier.held")?).map_err(broken)?;
         let prompts = serde_json::from_str(&field("espalier.prompts")?).map_err(broken)?;
         let held = held

@@ -1,0 +1,8 @@
+//! The engine against references: transformers' logits, autograd, finite differences, and a plain PyTorch LoRAPrune.
+//! The goldens are in `tests/fixtures`, with the scripts that made them.
+
+mod golden_runs;
+mod gradients;
+mod group;
+mod logits;
+mod pieces;

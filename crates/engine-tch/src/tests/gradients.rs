@@ -1,0 +1,275 @@
+//! Gradients of every LoRA factor through the whole model, and the score pass, against autograd and plain formulas.
+
+use super::group::{fixtures, set_factors, spec_of};
+use crate::factors::Factor;
+use crate::importance::to_f64;
+use crate::shard::Shard;
+use engine::{ShardEngine, ShardSetup};
+use model_spec::{ModelSpec, Projection};
+use pruning::criterion::{self, AdaptedWeight, LoraGradients};
+use recipe::{Batch, Compute, Criterion, LoraPruneForm, Precision, Recipe, Storage};
+use std::time::Duration;
+use tch::{Device, Kind, Tensor};
+
+const RANK: usize = 4;
+
+fn recipe(criterion: Criterion) -> Recipe {
+    let mut recipe = Recipe {
+        steps: 10,
+        batch: Batch { window_tokens: 9, rows: 2, micro_batches: 1 },
+        max_grad_norm: None,
+        precision: Precision { compute: Compute::F64, storage: Storage::F64 },
+        ..Recipe::default()
+    };
+    recipe.lora = recipe::Lora { rank: RANK, alpha: 6.0, dropout: 0.0 };
+    recipe.learning_rate.peak = 0.0;
+    recipe.pruning.as_mut().unwrap().criterion = criterion;
+    recipe
+}
+
+fn initial(spec: &ModelSpec) -> Vec<(String, Vec<f64>)> {
+    let mut all = Vec::new();
+    for layer in 0..spec.layers.len() {
+        for projection in Projection::ALL {
+            let [rows, columns] = spec.projection_shape(layer, projection);
+            for (factor, count) in [("lora_a", RANK * columns), ("lora_b", rows * RANK)] {
+                let seed = (layer * 31 + projection.index() * 7 + count) as f64;
+                let values =
+                    (0..count).map(|i| ((i as f64 * 1.7 + seed).sin() * 997.0).fract() * 0.2).collect();
+                all.push((format!("layers.{layer}.{projection}.{factor}"), values));
+            }
+        }
+    }
+    all
+}
+
+/// The block written out with autograd: no fused product, no hand-written backward.
+struct Plain {
+    spec: ModelSpec,
+    source: crate::source::Source,
+    factors: Vec<(String, Tensor)>,
+    scaling: f64,
+}
+
+impl Plain {
+    fn weight(&self, name: &str) -> Tensor {
+        self.source.tensor(name).unwrap().to_kind(Kind::Double)
+    }
+
+    fn linear(&self, layer: usize, projection: Projection, x: &Tensor) -> Tensor {
+        let find = |factor: &str| {
+            let name = format!("layers.{layer}.{projection}.{factor}");
+            &self.factors.iter().find(|(known, _)| *known == name).unwrap().1
+        };
+        let w = self.weight(&checkpoint::projection_weight(layer, projection));
+        x.matmul(&w.tr()) + x.matmul(&find("lora_a").tr()).matmul(&find("lora_b").tr()) * self.scaling
+    }
+
+    fn norm(&self, name: &str, x: &Tensor) -> Tensor {
+        let mean = x.square().mean_dim(&[-1i64][..], true, None);
+        x * (mean + self.spec.rms_norm_eps).rsqrt() * self.weight(name)
+    }
+
+    fn rotate(&self, x: &Tensor) -> Tensor {
+        let (_, tokens, _, width) = x.size4().unwrap();
+        let frequencies = Tensor::from_slice(&self.spec.rope.inverse_frequencies(width as usize));
+        let angles =
+            Tensor::arange(tokens, (Kind::Double, Device::Cpu)).unsqueeze(1) * frequencies.unsqueeze(0);
+        let (cos, sin) = (angles.cos().unsqueeze(1), angles.sin().unsqueeze(1));
+        let (left, right) = (x.narrow(3, 0, width / 2), x.narrow(3, width / 2, width / 2));
+        Tensor::cat(&[&left * &cos - &right * &sin, &right * &cos + &left * &sin], 3)
+    }
+
+    fn loss(&self, rows: &[Vec<u32>]) -> Tensor {
+        let (b, t, width) = (rows.len() as i64, rows[0].len() as i64, self.spec.head_dim as i64);
+        let ids: Vec<i64> = rows.iter().flatten().map(|id| i64::from(*id)).collect();
+        let ids = Tensor::from_slice(&ids).view([b, t]);
+        let embedding = self.weight(checkpoint::EMBEDDING);
+        let mut x = embedding.index_select(0, &ids.view(-1)).view([b, t, -1]);
+        for (layer, widths) in self.spec.layers.iter().enumerate() {
+            let h = self.norm(&checkpoint::input_norm(layer), &x);
+            let heads = |projection, count: usize| {
+                self.linear(layer, projection, &h).view([b, t, count as i64, width])
+            };
+            let shared = widths.query_heads_per_kv_head() as i64;
+            let wide = |x: Tensor| x.repeat_interleave_self_int(shared, 2, None).transpose(1, 2);
+            let q = self.rotate(&heads(Projection::Q, widths.query_head_count)).transpose(1, 2);
+            let k = wide(self.rotate(&heads(Projection::K, widths.kv_head_count)));
+            let v = wide(heads(Projection::V, widths.kv_head_count));
+            let later = Tensor::ones([t, t], (Kind::Double, Device::Cpu)).triu(1).to_kind(Kind::Bool);
+            let scores = q.matmul(&k.transpose(2, 3)) / (width as f64).sqrt();
+            let probabilities = scores.masked_fill(&later, f64::NEG_INFINITY).softmax(-1, None);
+            let attended = probabilities.matmul(&v).transpose(1, 2).reshape([b, t, -1]);
+            x = x + self.linear(layer, Projection::O, &attended);
+            let h = self.norm(&checkpoint::post_attention_norm(layer), &x);
+            let act =
+                self.linear(layer, Projection::Gate, &h).silu() * self.linear(layer, Projection::Up, &h);
+            x = x + self.linear(layer, Projection::Down, &act);
+        }
+        let head = if self.spec.tie_word_embeddings { embedding } else { self.weight(checkpoint::LM_HEAD) };
+        let logits = self.norm(checkpoint::FINAL_NORM, &x).matmul(&head.tr());
+        let log_p = logits.narrow(1, 0, t - 1).log_softmax(-1, None);
+        -log_p.gather(2, &ids.narrow(1, 1, t - 1).unsqueeze(2), false).mean(Kind::Double)
+    }
+}
+
+fn rows(spec: &ModelSpec) -> Vec<Vec<u32>> {
+    (0..2u32)
+        .map(|row| (0..9u32).map(|token| (row * 37 + token * 13 + 5) % spec.vocab_size as u32).collect())
+        .collect()
+}
+
+fn shard(model: &str, criterion: Criterion) -> Shard {
+    let spec = spec_of(model);
+    let setup = ShardSetup {
+        model: fixtures().join("models").join(model),
+        recipe: recipe(criterion),
+        tp_rank: 0,
+        tp_degree: 1,
+        collective_timeout: Duration::from_secs(5),
+    };
+    let mut shard = Shard::load(setup, Device::Cpu).unwrap();
+    set_factors(&mut shard, &spec, &initial(&spec));
+    shard
+}
+
+#[test]
+fn gradients_of_all_factors_are_those_of_autograd_and_of_central_differences() {
+    for model in ["mha", "gqa", "tied", "llama3_rope", "mistral_headdim"] {
+        let spec = spec_of(model);
+        let rows = rows(&spec);
+        let micro: Vec<&[u32]> = rows.iter().map(Vec::as_slice).collect();
+        let mut ours = shard(model, Criterion::Magnitude);
+        let loss = ours.train_step(0, &[micro]).unwrap().loss;
+        let plain = tch::with_grad(|| {
+            let factors = initial(&spec)
+                .into_iter()
+                .map(|(name, values)| {
+                    let leaf =
+                        Tensor::from_slice(&values).view(shape_of(&spec, &name)).set_requires_grad(true);
+                    (name, leaf)
+                })
+                .collect();
+            let source = crate::source::Source::open(&fixtures().join("models").join(model)).unwrap();
+            Plain { spec: spec.clone(), source, factors, scaling: 6.0 / RANK as f64 }
+        });
+        let (expected_loss, gradients) = tch::with_grad(|| {
+            let loss = plain.loss(&rows);
+            let leaves: Vec<&Tensor> = plain.factors.iter().map(|(_, leaf)| leaf).collect();
+            let gradients = Tensor::run_backward(&[&loss], &leaves, false, false);
+            (loss.double_value(&[]), gradients)
+        });
+        assert!(
+            (loss - expected_loss).abs() < 1e-12 * expected_loss,
+            "{model}: loss {loss}, expected {expected_loss}"
+        );
+        for ((name, leaf), expected) in plain.factors.iter().zip(&gradients) {
+            let actual = our_gradient(&ours, name);
+            let scale = expected.abs().max().double_value(&[]);
+            assert!(scale > 0.0, "{model} {name} has a gradient");
+            let difference = (&actual - expected).abs().max().double_value(&[]) / scale;
+            assert!(difference <= 1e-10, "{model} {name}: relative difference {difference:.2e}");
+            let element = leaf.numel() as i64 / 3;
+            let value = |step: f64| {
+                let mut moved = leaf.view(-1).narrow(0, element, 1);
+                let _ = moved.g_add_scalar_(step);
+                let value = plain.loss(&rows).double_value(&[]);
+                let _ = moved.g_add_scalar_(-step);
+                value
+            };
+            let numeric = (value(1e-5) - value(-1e-5)) / 2e-5;
+            let actual = actual.contiguous().view(-1).double_value(&[element]);
+            assert!(
+                (numeric - actual).abs() <= 1e-6 * scale,
+                "{model} {name}: {actual}, differences give {numeric}"
+            );
+        }
+    }
+}
+
+fn shape_of(spec: &ModelSpec, name: &str) -> [i64; 2] {
+    let mut parts = name.split('.').skip(1);
+    let layer = parts.next().unwrap().parse().unwrap();
+    let module = parts.next().unwrap();
+    let projection = *Projection::ALL.iter().find(|projection| projection.name() == module).unwrap();
+    let [rows, columns] = spec.projection_shape(layer, projection);
+    if name.ends_with("lora_a") { [RANK as i64, columns as i64] } else { [rows as i64, RANK as i64] }
+}
+
+fn our_gradient(shard: &Shard, name: &str) -> Tensor {
+    let mut parts = name.split('.').skip(1);
+    let layer = parts.next().unwrap().parse().unwrap();
+    let module = parts.next().unwrap();
+    let projection = *Projection::ALL.iter().find(|projection| projection.name() == module).unwrap();
+    let factor = if name.ends_with("lora_a") { Factor::A } else { Factor::B };
+    shard.layout.view(&shard.gradients, layer, projection, factor).unwrap()
+}
+
+#[test]
+fn the_score_pass_is_the_plain_formula_for_every_criterion() {
+    for criterion in [
+        Criterion::LoraPrune { form: LoraPruneForm::Code },
+        Criterion::LoraPrune { form: LoraPruneForm::Paper },
+        Criterion::Magnitude,
+        Criterion::Taylor,
+    ] {
+        let spec = spec_of("gqa");
+        let rows = rows(&spec);
+        let mut ours = shard("gqa", criterion);
+        let outcome = ours.train_step(0, &[rows.iter().map(Vec::as_slice).collect()]).unwrap();
+        assert_eq!(outcome.scores.len(), 7 * spec.layers.len());
+        for scores in &outcome.scores {
+            let (layer, projection) = (scores.layer, scores.projection);
+            let [out, input] = spec.projection_shape(layer, projection);
+            let weight = ours.source.tensor(&checkpoint::projection_weight(layer, projection)).unwrap();
+            let weight = to_f64(&weight.to_kind(Kind::Double)).unwrap();
+            let view = |flat: &Tensor, factor| {
+                to_f64(&ours.layout.view(flat, layer, projection, factor).unwrap().contiguous().view(-1))
+                    .unwrap()
+            };
+            let (a, b) = (view(&ours.factors, Factor::A), view(&ours.factors, Factor::B));
+            let (da, db) = (view(&ours.gradients, Factor::A), view(&ours.gradients, Factor::B));
+            let g = weight_gradient(&ours, layer, projection);
+            let scaling = 6.0 / RANK as f64;
+            let adapted = AdaptedWeight {
+                rows: out,
+                columns: input,
+                lora_rank: RANK,
+                scaling,
+                weight: &weight,
+                lora_a: &a,
+                lora_b: &b,
+            };
+            let sums = match criterion {
+                Criterion::LoraPrune { form } => {
+                    criterion::lora_guided_sums(&adapted, &LoraGradients { grad_a: &da, grad_b: &db }, form)
+                }
+                Criterion::Taylor => criterion::taylor_sums(&adapted, g.as_ref().unwrap()),
+                Criterion::Magnitude | Criterion::Random => criterion::magnitude_sums(&adapted),
+            };
+            let expected = criterion::unit_sums(&sums.unwrap(), projection, spec.head_dim);
+            assert_eq!(expected.len(), scores.values.len());
+            for (actual, expected) in scores.values.iter().zip(&expected) {
+                let close = (actual - expected).abs() <= 1e-11 * expected.abs().max(1e-9);
+                assert!(close, "{criterion:?} layer {layer} {projection}: {actual}, expected {expected}");
+            }
+        }
+    }
+}
+
+fn weight_gradient(shard: &Shard, layer: usize, projection: Projection) -> Option<Vec<f64>> {
+    let gradients = &shard.weight_gradients.as_ref()?[layer];
+    let held = &shard.model.layers[layer];
+    let k = shard.source.spec().head_dim as i64;
+    let (query, key) = (held.query_heads * k, held.kv_heads * k);
+    let part = match projection {
+        Projection::Q => gradients.qkv.narrow(0, 0, query),
+        Projection::K => gradients.qkv.narrow(0, query, key),
+        Projection::V => gradients.qkv.narrow(0, query + key, key),
+        Projection::O => gradients.o.shallow_clone(),
+        Projection::Gate => gradients.gate_up.narrow(0, 0, held.channels),
+        Projection::Up => gradients.gate_up.narrow(0, held.channels, held.channels),
+        Projection::Down => gradients.down.shallow_clone(),
+    };
+    Some(to_f64(&part.contiguous().view(-1)).unwrap())
+}
