@@ -2,6 +2,10 @@
 //!
 //! The weights are random but the same on every machine, run and thread count.
 
+mod gguf;
+
+pub use gguf::{GgufBuilder, GgufTensor, tiny_gguf};
+
 use crate::{Dtype, FolderWriter, TensorHeader, WriteFolderError, espalier_config, required_tensors};
 use model_spec::{Family, LayerSpec, ModelSpec, Rope, RopeScaling};
 use serde_json::{Map, Value, json};
