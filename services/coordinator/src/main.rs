@@ -1,1 +1,30 @@
-fn main() {}
+//! The coordinator's process.
+
+use clap::Parser;
+use coordinator::CoordinatorConfig;
+use service_kit::{ListenArgs, LogArgs, shutdown, telemetry};
+use std::net::{Ipv4Addr, SocketAddr};
+
+/// Admits workers, drives pruning runs on them, and serves RunService and RegistryService.
+#[derive(Debug, Parser)]
+#[command(name = "coordinator", version)]
+struct Args {
+    #[command(flatten)]
+    listen: ListenArgs,
+    #[command(flatten)]
+    config: CoordinatorConfig,
+    #[command(flatten)]
+    logs: LogArgs,
+}
+
+/// Where it listens unless told otherwise.
+const DEFAULT_ADDRESS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 7070);
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let args = Args::parse();
+    let _telemetry = telemetry::init("espalier-coordinator", &args.logs)?;
+    let shutdown = shutdown::on_signals()?;
+    let listener = args.listen.bind(DEFAULT_ADDRESS).await?;
+    coordinator::serve(args.config, listener, shutdown).await
+}

@@ -1,0 +1,321 @@
+//! The calls to the workers of one session: each to all ranks at once, each with its deadline, each outcome an event.
+
+use crate::deadlines::Deadlines;
+use crate::messages;
+use crate::registry::device_kind;
+use pruning_run::{Event, Fault, Generation, ShardFile};
+use std::future::Future;
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, timeout};
+use tonic::Status;
+use tracing::{Instrument, warn};
+use wire::client::{WorkerClient, lazy_channel, within, worker_client};
+use wire::convert::{mask, scores};
+use wire::pb;
+use wire::status::{Reason, chain, describe, reason};
+
+/// The workers of one session, by tensor-parallel rank, and the calls to them in flight.
+#[derive(Debug)]
+pub(crate) struct Calls {
+    session_id: String,
+    clients: Vec<WorkerClient>,
+    backend: pb::CollectiveBackend,
+    deadlines: Deadlines,
+    outcomes: mpsc::Sender<Event>,
+    in_flight: JoinSet<()>,
+}
+
+/// What all ranks load; rank and session are filled in for each.
+#[derive(Debug, Clone)]
+pub(crate) struct LoadPlan {
+    pub(crate) model: String,
+    pub(crate) recipe: pb::Recipe,
+    pub(crate) training_data: Vec<pb::TextSource>,
+    pub(crate) evaluation: Option<pb::EvaluationSpec>,
+}
+
+/// Time for a late answer to be preferred over our own deadline.
+const MARGIN: Duration = Duration::from_secs(2);
+
+impl Calls {
+    /// Nothing is sent yet. Connections are made at their first use.
+    ///
+    /// # Errors
+    /// When a worker's endpoint is no URL.
+    pub(crate) fn new(
+        session_id: String,
+        workers: &[pb::WorkerInfo],
+        deadlines: Deadlines,
+        outcomes: mpsc::Sender<Event>,
+    ) -> Result<Self, String> {
+        let clients = workers
+            .iter()
+            .map(|worker| {
+                let channel = lazy_channel(&worker.endpoint)
+                    .map_err(|error| format!("worker `{}`: {}", worker.id, chain(&error)))?;
+                Ok(worker_client(channel))
+            })
+            .collect::<Result<_, String>>()?;
+        let on_gpus = workers.iter().all(|worker| device_kind(&worker.device) == "cuda");
+        let backend = if on_gpus { pb::CollectiveBackend::Nccl } else { pb::CollectiveBackend::Gloo };
+        Ok(Self { session_id, clients, backend, deadlines, outcomes, in_flight: JoinSet::new() })
+    }
+
+    pub(crate) fn load(&mut self, plan: &LoadPlan) {
+        let session_id = self.session_id.clone();
+        let tp_degree = u32::try_from(self.clients.len()).unwrap_or(u32::MAX);
+        let deadline = self.deadlines.load;
+        self.on_all_ranks("Load", deadline, |tp_rank, mut client| {
+            let request = pb::LoadRequest {
+                session_id: session_id.clone(),
+                model: plan.model.clone(),
+                recipe: Some(plan.recipe.clone()),
+                tp_rank: u32::try_from(tp_rank).unwrap_or(u32::MAX),
+                tp_degree,
+                training_data: plan.training_data.clone(),
+                evaluation: plan.evaluation.clone(),
+            };
+            async move {
+                let loaded = client.load(within(deadline, request)).await?.into_inner();
+                Ok(Event::Loaded { tp_rank, data_sha256: loaded.data_sha256 })
+            }
+        });
+    }
+
+    pub(crate) fn open_rendezvous(&mut self) {
+        let request =
+            pb::OpenRendezvousRequest { session_id: self.session_id.clone(), backend: self.backend.into() };
+        let deadline = self.deadlines.open_rendezvous;
+        self.on_first_rank("OpenRendezvous", deadline, |mut client| async move {
+            let opened = client.open_rendezvous(within(deadline, request)).await?.into_inner();
+            Ok(Event::RendezvousOpened { rendezvous: opened.rendezvous.to_vec() })
+        });
+    }
+
+    pub(crate) fn join_group(&mut self, rendezvous: Vec<u8>) {
+        let (session_id, backend) = (self.session_id.clone(), self.backend.into());
+        let deadline = self.deadlines.join_group;
+        self.on_all_ranks("JoinGroup", deadline, |tp_rank, mut client| {
+            let request = pb::JoinGroupRequest {
+                session_id: session_id.clone(),
+                backend,
+                rendezvous: rendezvous.clone().into(),
+            };
+            async move {
+                client.join_group(within(deadline, request)).await?;
+                Ok(Event::Joined { tp_rank })
+            }
+        });
+    }
+
+    pub(crate) fn evaluate(&mut self) {
+        let session_id = self.session_id.clone();
+        let deadline = self.deadlines.evaluate;
+        self.on_all_ranks("Evaluate", deadline, |tp_rank, mut client| {
+            let request = pb::EvaluateRequest { session_id: session_id.clone() };
+            async move {
+                let started = Instant::now();
+                let measured = client.evaluate(within(deadline, request)).await?.into_inner();
+                Ok(Event::Evaluated {
+                    tp_rank,
+                    negative_log_likelihood: measured.negative_log_likelihood,
+                    predicted_tokens: measured.predicted_tokens,
+                    duration: started.elapsed(),
+                })
+            }
+        });
+    }
+
+    pub(crate) fn train(&mut self, first_step: u64, end_step: u64, generation: Generation) {
+        let silence = self.deadlines.step;
+        for (tp_rank, client) in self.clients.iter().cloned().enumerate() {
+            let request = pb::TrainRequest {
+                session_id: self.session_id.clone(),
+                first_step,
+                end_step,
+                generation: generation.0,
+            };
+            let outcomes = self.outcomes.clone();
+            let training = async move {
+                if let Err(fault) = train_on(tp_rank, client, request, silence, &outcomes).await {
+                    tell(&outcomes, Event::RankFailed { tp_rank, fault }).await;
+                }
+            };
+            self.in_flight.spawn(training.in_current_span());
+        }
+    }
+
+    pub(crate) fn apply_mask(&mut self, generation: Generation, keep_mask: &pruning::KeepMask) {
+        let session_id = self.session_id.clone();
+        let keep_mask = mask::to_pb(keep_mask);
+        let deadline = self.deadlines.apply_mask;
+        self.on_all_ranks("ApplyMask", deadline, |tp_rank, mut client| {
+            let request = pb::ApplyMaskRequest {
+                session_id: session_id.clone(),
+                generation: generation.0,
+                keep_mask: Some(keep_mask.clone()),
+            };
+            async move {
+                client.apply_mask(within(deadline, request)).await?;
+                Ok(Event::MaskApplied { tp_rank, generation })
+            }
+        });
+    }
+
+    pub(crate) fn checkpoint(&mut self, path: &str) {
+        let session_id = self.session_id.clone();
+        let deadline = self.deadlines.checkpoint;
+        self.on_all_ranks("Checkpoint", deadline, |tp_rank, mut client| {
+            let request = pb::CheckpointRequest { session_id: session_id.clone(), path: path.to_owned() };
+            async move {
+                let written = client.checkpoint(within(deadline, request)).await?.into_inner();
+                let shard = ShardFile { file: written.file, sha256: written.sha256 };
+                Ok(Event::Checkpointed { tp_rank, shard })
+            }
+        });
+    }
+
+    pub(crate) fn export(&mut self, request: pb::ExportRequest) {
+        let deadline = self.deadlines.export;
+        self.on_first_rank("Export", deadline, |client| async move {
+            let result = export_on(client, request, deadline).await?;
+            Ok(Event::Exported { result: messages::export_from(result) })
+        });
+    }
+
+    /// Drops all calls in flight and ends the sessions. Tells of rank 0's failure alone: nobody needs the others again.
+    pub(crate) async fn abort_sessions(&mut self) -> Result<(), Fault> {
+        self.in_flight.shutdown().await;
+        let deadline = self.deadlines.abort;
+        let mut aborting = JoinSet::new();
+        for (tp_rank, mut client) in self.clients.iter().cloned().enumerate() {
+            let request = pb::AbortRequest { session_id: self.session_id.clone() };
+            let abort = async move {
+                let answer = in_time("Abort", deadline, client.abort(within(deadline, request))).await;
+                (tp_rank, answer.err())
+            };
+            aborting.spawn(abort.in_current_span());
+        }
+        let mut first = Ok(());
+        while let Some(ended) = aborting.join_next().await {
+            let Ok((tp_rank, Some(fault))) = ended else { continue };
+            warn!(tp_rank, ?fault, "session not ended; the worker drops it at its next Load");
+            if tp_rank == 0 {
+                first = Err(fault);
+            }
+        }
+        first
+    }
+
+    fn on_all_ranks<F, Answer>(&mut self, what: &'static str, deadline: Duration, call: F)
+    where
+        F: Fn(usize, WorkerClient) -> Answer,
+        Answer: Future<Output = Result<Event, Status>> + Send + 'static,
+    {
+        for tp_rank in 0..self.clients.len() {
+            let answer = call(tp_rank, self.clients[tp_rank].clone());
+            self.spawn(tp_rank, what, deadline, answer);
+        }
+    }
+
+    fn on_first_rank<F, Answer>(&mut self, what: &'static str, deadline: Duration, call: F)
+    where
+        F: FnOnce(WorkerClient) -> Answer,
+        Answer: Future<Output = Result<Event, Status>> + Send + 'static,
+    {
+        if let Some(client) = self.clients.first().cloned() {
+            self.spawn(0, what, deadline, call(client));
+        }
+    }
+
+    fn spawn<Answer>(&mut self, tp_rank: usize, what: &'static str, deadline: Duration, answer: Answer)
+    where
+        Answer: Future<Output = Result<Event, Status>> + Send + 'static,
+    {
+        let outcomes = self.outcomes.clone();
+        let answered = async move {
+            let event = match in_time(what, deadline, answer).await {
+                Ok(event) => event,
+                Err(fault) => Event::RankFailed { tp_rank, fault },
+            };
+            tell(&outcomes, event).await;
+        };
+        self.in_flight.spawn(answered.in_current_span());
+    }
+}
+
+/// Writes a pruned model on one worker.
+pub(crate) async fn export_on(
+    mut client: WorkerClient,
+    request: pb::ExportRequest,
+    deadline: Duration,
+) -> Result<pb::ExportResult, Status> {
+    let answer = client.export(within(deadline, request)).await?.into_inner();
+    answer.result.ok_or_else(|| Status::internal("the worker's answer to Export holds no result"))
+}
+
+/// One rank's training stream, message by message.
+async fn train_on(
+    tp_rank: usize,
+    mut client: WorkerClient,
+    request: pb::TrainRequest,
+    silence: Duration,
+    outcomes: &mpsc::Sender<Event>,
+) -> Result<(), Fault> {
+    let mut stream = in_time("Train", silence, client.train(request)).await?.into_inner();
+    loop {
+        use pb::train_response::Kind;
+        let Some(message) = in_time("Train", silence, stream.message()).await? else {
+            tell(outcomes, Event::TrainEnded { tp_rank }).await;
+            return Ok(());
+        };
+        let event = match message.kind {
+            Some(Kind::Scores(chunk)) => {
+                let slice = scores::from_pb(chunk)
+                    .map_err(|invalid| Fault::Own(format!("its scores cannot be read: {invalid}")))?;
+                Event::Scores {
+                    tp_rank,
+                    step: slice.step,
+                    generation: Generation(slice.generation),
+                    layer: slice.layer,
+                    projection: slice.projection,
+                    first_unit: slice.first_unit,
+                    values: slice.values,
+                }
+            }
+            Some(Kind::Report(report)) => Event::StepEnded { tp_rank, report: messages::rank_report(report) },
+            None => return Err(Fault::Own("it sent an empty message while training".to_owned())),
+        };
+        tell(outcomes, event).await;
+    }
+}
+
+/// Waits for an answer, and says what its absence means.
+pub(crate) async fn in_time<T>(
+    what: &str,
+    deadline: Duration,
+    answer: impl Future<Output = Result<T, Status>>,
+) -> Result<T, Fault> {
+    match timeout(deadline + MARGIN, answer).await {
+        Ok(Ok(answer)) => Ok(answer),
+        Ok(Err(status)) => Err(fault(&status)),
+        Err(_) => Err(Fault::Own(format!("no sign of life from {what} in {} s", deadline.as_secs_f64()))),
+    }
+}
+
+/// Whom a failed call blames: a rank that has lost a peer is not at fault itself.
+fn fault(status: &Status) -> Fault {
+    let said = describe(status);
+    match reason(status) {
+        Some(Reason::PeerLost) => Fault::PeerLost(said),
+        Some(_) => Fault::Own(said),
+        None => Fault::Own(format!("the call broke off: {said}")),
+    }
+}
+
+/// A driver that has stopped listening does not care any more.
+async fn tell(outcomes: &mpsc::Sender<Event>, event: Event) {
+    let _ = outcomes.send(event).await;
+}

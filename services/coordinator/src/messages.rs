@@ -1,0 +1,144 @@
+//! Runs and their events as messages.
+
+use crate::run_book::RunRecord;
+use pruning_run::{
+    Decision, Evaluation, ExportResult, Generation, RankReport, RunEvent, RunEventKind, RunState, StepReport,
+};
+use std::time::Duration;
+use wire::convert::{mask, run, time};
+use wire::pb;
+
+pub(crate) fn run(record: &RunRecord) -> pb::Run {
+    let shown = record.shown();
+    pb::Run {
+        id: record.id.0.clone(),
+        spec: Some(run::to_pb(&record.spec)),
+        state: state(shown.state).into(),
+        generation: shown.generation().0,
+        status_message: shown.message,
+        create_time: Some(time::time_to_pb(record.create_time)),
+        start_time: shown.start_time.map(time::time_to_pb),
+        end_time: shown.end_time.map(time::time_to_pb),
+        last_step: shown.last_step.as_ref().map(step),
+        evaluations: shown.evaluations.iter().map(evaluation).collect(),
+        export_result: shown.export.as_ref().map(export),
+        plan: Some(record.plan.clone()),
+        worker_ids: shown.worker_ids,
+    }
+}
+
+pub(crate) fn event(event: &RunEvent) -> pb::RunEvent {
+    use pb::run_event::Kind;
+    let kind = match &event.kind {
+        RunEventKind::StateChange { state, message } => {
+            Kind::StateChange(pb::StateChange { state: self::state(*state).into(), message: message.clone() })
+        }
+        RunEventKind::Step(report) => Kind::Step(step(report)),
+        RunEventKind::Decision(decision) => Kind::Decision(self::decision(decision)),
+        RunEventKind::Evaluation(evaluation) => Kind::Evaluation(self::evaluation(evaluation)),
+        RunEventKind::Export(result) => Kind::Export(export(result)),
+    };
+    pb::RunEvent { revision: event.revision, time: Some(time::time_to_pb(event.time)), kind: Some(kind) }
+}
+
+pub(crate) fn state(state: RunState) -> pb::RunState {
+    match state {
+        RunState::Queued => pb::RunState::Queued,
+        RunState::Starting => pb::RunState::Starting,
+        RunState::Running => pb::RunState::Running,
+        RunState::Exporting => pb::RunState::Exporting,
+        RunState::Succeeded => pb::RunState::Succeeded,
+        RunState::Failed => pb::RunState::Failed,
+        RunState::Cancelled => pb::RunState::Cancelled,
+    }
+}
+
+pub(crate) fn decision(decision: &Decision) -> pb::Decision {
+    pb::Decision {
+        generation: decision.generation.0,
+        step: decision.step,
+        sparsity: decision.sparsity,
+        parameters: decision.parameters,
+        layers: decision.widths().iter().map(mask::widths_to_pb).collect(),
+    }
+}
+
+pub(crate) fn evaluation(evaluation: &Evaluation) -> pb::Evaluation {
+    pb::Evaluation {
+        label: evaluation.label.clone(),
+        perplexity: evaluation.perplexity,
+        negative_log_likelihood: evaluation.negative_log_likelihood,
+        predicted_tokens: evaluation.predicted_tokens,
+        step: evaluation.step,
+        seconds: evaluation.duration.as_secs_f64(),
+    }
+}
+
+pub(crate) fn export(result: &ExportResult) -> pb::ExportResult {
+    pb::ExportResult {
+        path: result.path.clone(),
+        parameters: result.parameters,
+        weight_bytes: result.weight_bytes,
+        model_type: result.model_type.clone(),
+        manifest_sha256: result.manifest_sha256.clone(),
+        max_logit_difference: result.max_logit_difference,
+        max_logit: result.max_logit,
+        top_token_agreement: result.top_token_agreement,
+        mean_kl: result.mean_kl,
+    }
+}
+
+pub(crate) fn export_from(message: pb::ExportResult) -> ExportResult {
+    ExportResult {
+        path: message.path,
+        parameters: message.parameters,
+        weight_bytes: message.weight_bytes,
+        model_type: message.model_type,
+        manifest_sha256: message.manifest_sha256,
+        max_logit_difference: message.max_logit_difference,
+        max_logit: message.max_logit,
+        top_token_agreement: message.top_token_agreement,
+        mean_kl: message.mean_kl,
+    }
+}
+
+/// A rank's report. What it says of sparsity is not read: the coordinator knows.
+pub(crate) fn rank_report(message: pb::StepReport) -> RankReport {
+    RankReport {
+        step: message.step,
+        loss: message.loss,
+        grad_norm: message.grad_norm,
+        learning_rate: message.learning_rate,
+        tokens: message.tokens,
+        duration: time::duration_from_pb(message.duration).unwrap_or(Duration::ZERO),
+        score_duration: time::duration_from_pb(message.score_duration).unwrap_or(Duration::ZERO),
+        memory_bytes: message.memory_bytes,
+        generation: Generation(message.generation),
+    }
+}
+
+fn step(report: &StepReport) -> pb::StepReport {
+    pb::StepReport {
+        step: report.step,
+        loss: report.loss,
+        grad_norm: report.grad_norm,
+        learning_rate: report.learning_rate,
+        tokens: report.tokens,
+        duration: Some(time::duration_to_pb(report.duration)),
+        score_duration: Some(time::duration_to_pb(report.score_duration)),
+        memory_bytes: report.memory_bytes,
+        sparsity: report.sparsity,
+        generation: report.generation.0,
+    }
+}
+
+/// A run that was only checked.
+pub(crate) fn checked_run(spec: &wire::RunSpec, plan: pb::RunPlan) -> pb::Run {
+    pb::Run {
+        spec: Some(run::to_pb(spec)),
+        state: pb::RunState::Queued.into(),
+        status_message: "only checked; nothing was stored".to_owned(),
+        plan: Some(plan),
+        ..pb::Run::default()
+    }
+}

@@ -1,0 +1,185 @@
+//! What a finished run may still ask of one idle worker: another measurement, another export.
+
+use crate::calls::{Calls, LoadPlan, export_on, in_time};
+use crate::context::Context;
+use crate::driver::export_request;
+use crate::messages;
+use crate::registry::GroupClaim;
+use crate::run_book::{RunRecord, Shown};
+use pruning_run::{Evaluation, Event, ExportResult, Fault, RunState};
+use recipe::Recipe;
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
+use tracing::{Instrument, instrument};
+use wire::client::{lazy_channel, worker_client};
+use wire::convert::{data, recipe as recipe_message, run};
+use wire::status::{Failure, Reason, chain};
+use wire::{EvaluationSpec, ExportSpec};
+
+/// Measures the exported model of a run on another text.
+///
+/// # Errors
+/// When nothing was exported, no worker is idle, or the worker fails.
+#[instrument(skip_all, fields(run_id = %record.id))]
+pub(crate) async fn evaluate(
+    context: &Arc<Context>,
+    record: &Arc<RunRecord>,
+    spec: EvaluationSpec,
+) -> Result<Evaluation, Failure> {
+    let Some(exported) = record.shown().export else {
+        return Err(not_ready(record, "has not exported a model yet"));
+    };
+    let claim = claim_one(context, record)?;
+    let steps = record.spec.recipe.steps;
+    let plan = LoadPlan {
+        model: exported.path,
+        recipe: recipe_message::to_pb(&Recipe { steps: 0, pruning: None, ..record.spec.recipe.clone() }),
+        training_data: Vec::new(),
+        evaluation: Some(data::evaluation_to_pb(&spec)),
+    };
+    let session_id = format!("{}-evaluate-{}", record.id, uuid::Uuid::new_v4().simple());
+    let deadlines = context.deadlines;
+    in_background(context, move |given_up| async move {
+        let (sender, mut outcomes) = mpsc::channel(4);
+        let mut calls = Calls::new(session_id, claim.workers(), deadlines, sender)
+            .map_err(|cause| Failure::new(Reason::Internal, cause))?;
+        let mut claim = claim;
+        calls.load(&plan);
+        let result = loop {
+            let event = tokio::select! {
+                Some(event) = outcomes.recv() => event,
+                lost = claim.next_lost() => break Err(worker_failure(&lost.id, &Fault::Own(lost.cause))),
+                () = given_up.cancelled() => break Err(Failure::new(Reason::Aborted, "the caller went away")),
+            };
+            match event {
+                Event::Loaded { .. } => calls.join_group(Vec::new()),
+                Event::Joined { .. } => calls.evaluate(),
+                Event::Evaluated { negative_log_likelihood, predicted_tokens, duration, .. } => {
+                    break Ok(Evaluation {
+                        label: "exported".to_owned(),
+                        perplexity: (negative_log_likelihood / predicted_tokens as f64).exp(),
+                        negative_log_likelihood,
+                        predicted_tokens,
+                        step: steps,
+                        duration,
+                    });
+                }
+                Event::RankFailed { fault, .. } => {
+                    let id = claim.workers().first().map_or("", |worker| worker.id.as_str());
+                    break Err(worker_failure(id, &fault));
+                }
+                Event::WorkersShort { .. }
+                | Event::WorkersAssigned { .. }
+                | Event::RendezvousOpened { .. }
+                | Event::Scores { .. }
+                | Event::StepEnded { .. }
+                | Event::TrainEnded { .. }
+                | Event::MaskApplied { .. }
+                | Event::Checkpointed { .. }
+                | Event::SessionsAborted
+                | Event::Exported { .. }
+                | Event::WorkerLost { .. }
+                | Event::CoordinatorFailed { .. }
+                | Event::CancelRequested { .. }
+                | Event::Woken => {}
+            }
+        };
+        // A failure here is logged, and the worker drops the session at its next Load.
+        let _ = calls.abort_sessions().await;
+        drop(claim);
+        result
+    })
+    .await
+}
+
+/// Writes the result of a run once more.
+///
+/// # Errors
+/// When the run has not ended well, has no checkpoint, no worker is idle, or the worker fails.
+#[instrument(skip_all, fields(run_id = %record.id))]
+pub(crate) async fn export(
+    context: &Arc<Context>,
+    record: &Arc<RunRecord>,
+    spec: ExportSpec,
+) -> Result<ExportResult, Failure> {
+    let Shown { state, shards, decisions, .. } = record.shown();
+    if state != RunState::Succeeded {
+        return Err(not_ready(record, "has not ended well"));
+    }
+    let Some(shards) = shards else {
+        return Err(not_ready(record, "took no optimizer step, so there is nothing to export"));
+    };
+    let keep_mask = match decisions.last() {
+        Some(decision) => decision.keep_mask.clone(),
+        None => pruning::KeepMask::full(record.setup.dense()),
+    };
+    let claim = claim_one(context, record)?;
+    let folder = context.checkpoint_folder(&record.id);
+    let request = export_request(record, &folder, &shards, &keep_mask, Some(run::export_to_pb(&spec)));
+    let (deadline, of_run) = (context.deadlines.export, record.clone());
+    in_background(context, move |given_up| async move {
+        let worker = claim.workers().first().cloned().unwrap_or_default();
+        let channel = lazy_channel(&worker.endpoint).map_err(|error| {
+            Failure::new(Reason::Internal, format!("worker `{}`: {}", worker.id, chain(&error)))
+        })?;
+        let writing = in_time("Export", deadline, export_on(worker_client(channel), request, deadline));
+        let written = tokio::select! {
+            written = writing => written,
+            () = given_up.cancelled() => return Err(Failure::new(Reason::Aborted, "the caller went away")),
+        };
+        drop(claim);
+        let result = messages::export_from(written.map_err(|fault| worker_failure(&worker.id, &fault))?);
+        of_run.set_export(result.clone());
+        Ok(result)
+    })
+    .await
+}
+
+fn not_ready(record: &RunRecord, why: &str) -> Failure {
+    Failure::new(Reason::RunNotReady, format!("run `{}` {why}", record.id)).with_fact("run_id", &record.id)
+}
+
+fn claim_one(context: &Arc<Context>, record: &RunRecord) -> Result<GroupClaim, Failure> {
+    context.registry.claim_one(&record.id.0).ok_or_else(|| {
+        let registered = context.registry.count();
+        Failure::new(
+            Reason::NoIdleWorker,
+            format!("none of {registered} registered workers is idle; try again later"),
+        )
+    })
+}
+
+fn worker_failure(worker_id: &str, fault: &Fault) -> Failure {
+    let (Fault::Own(message) | Fault::PeerLost(message)) = fault;
+    Failure::new(Reason::Refused, format!("worker `{worker_id}` failed: {message}"))
+        .with_fact("worker_id", worker_id)
+}
+
+/// Runs `work` to its end even when the caller goes away, which it is told of, or the coordinator stops.
+async fn in_background<T, Work>(
+    context: &Arc<Context>,
+    work: impl FnOnce(CancellationToken) -> Work,
+) -> Result<T, Failure>
+where
+    T: Send + 'static,
+    Work: Future<Output = Result<T, Failure>> + Send + 'static,
+{
+    let given_up = context.stopping.child_token();
+    let (sender, outcome) = oneshot::channel();
+    let work = work(given_up.clone());
+    let told = async move {
+        // The caller may have gone away.
+        let _ = sender.send(work.await);
+    };
+    let guard = given_up.drop_guard();
+    context.tasks.spawn(told.in_current_span());
+    let result = outcome.await;
+    drop(guard);
+    result.unwrap_or_else(|_| Err(Failure::new(Reason::Internal, "the call to the worker was dropped")))
+}
+
+/// Time that a cancelled session has to end.
+pub(crate) const ENDING: Duration = Duration::from_secs(15);

@@ -1,0 +1,111 @@
+use super::*;
+
+fn worker(id: &str, device: &str) -> pb::WorkerInfo {
+    pb::WorkerInfo { id: id.into(), device: device.into(), incarnation: "1".into(), ..Default::default() }
+}
+
+fn registry(workers: &[(&str, &str)]) -> Arc<Registry> {
+    let registry = Registry::new(Duration::from_secs(10));
+    for (id, device) in workers {
+        registry.register(worker(id, device)).unwrap();
+    }
+    registry
+}
+
+fn ids(claim: &GroupClaim) -> Vec<&str> {
+    claim.workers().iter().map(|worker| worker.id.as_str()).collect()
+}
+
+async fn claimed(ticket: &mut Ticket) -> GroupClaim {
+    loop {
+        match tokio::time::timeout(Duration::from_secs(100), ticket.next()).await.expect("a turn in time") {
+            Turn::Claimed(claim) => return claim,
+            Turn::Waiting(_) => {}
+        }
+    }
+}
+
+async fn waiting(ticket: &mut Ticket) -> Standing {
+    match tokio::time::timeout(Duration::from_secs(100), ticket.next()).await.expect("news in time") {
+        Turn::Waiting(standing) => standing,
+        Turn::Claimed(claim) => panic!("claimed {:?}", ids(&claim)),
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_group_forms_wholly_or_not_at_all_and_in_turn() {
+    let registry = registry(&[("b", "cpu"), ("a", "cpu")]);
+    let mut first = registry.enqueue("r1", 3);
+    let mut second = registry.enqueue("r2", 1);
+    assert_eq!(waiting(&mut first).await, Standing { idle: 2, registered: 2, ahead: 0 });
+    assert_eq!(waiting(&mut second).await, Standing { idle: 2, registered: 2, ahead: 1 });
+    registry.register(worker("c", "cpu")).unwrap();
+    let claim = claimed(&mut first).await;
+    assert_eq!(ids(&claim), ["a", "b", "c"]);
+    drop(first);
+    assert_eq!(waiting(&mut second).await, Standing { idle: 0, registered: 3, ahead: 0 });
+    claim.release_all_but_first();
+    assert_eq!(ids(&claimed(&mut second).await), ["b"]);
+    let runs: Vec<String> = registry.list().into_iter().map(|worker| worker.run_id).collect();
+    assert_eq!(runs, ["r1", "", ""]);
+    drop(claim);
+    assert!(registry.list().iter().all(|worker| worker.run_id.is_empty()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_run_that_leaves_the_queue_lets_the_next_one_on() {
+    let registry = registry(&[("a", "cpu")]);
+    let mut first = registry.enqueue("r1", 2);
+    let mut second = registry.enqueue("r2", 1);
+    waiting(&mut first).await;
+    waiting(&mut second).await;
+    drop(first);
+    assert_eq!(ids(&claimed(&mut second).await), ["a"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_group_is_of_one_kind_of_device_and_gpus_go_first() {
+    let registry = registry(&[("a", "cpu"), ("b", "cuda:1"), ("c", "cpu"), ("d", "cuda:0")]);
+    assert!(matches!(registry.enqueue("r", 3).next().await, Turn::Waiting(_)));
+    let gpus = claimed(&mut registry.enqueue("r1", 2)).await;
+    assert_eq!(ids(&gpus), ["b", "d"]);
+    let cpus = claimed(&mut registry.enqueue("r2", 2)).await;
+    assert_eq!(ids(&cpus), ["a", "c"]);
+    assert!(registry.claim_one("r3").is_none());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lease_that_runs_out_ends_the_worker_and_tells_its_run() {
+    let registry = Registry::new(Duration::from_secs(10));
+    let stop = CancellationToken::new();
+    let keeper = tokio::spawn(registry.clone().keep_leases(stop.clone()));
+    let lost_lease = registry.register(worker("a", "cpu")).unwrap();
+    let kept_lease = registry.register(worker("b", "cpu")).unwrap();
+    let mut claim = claimed(&mut registry.enqueue("r1", 2)).await;
+    for _ in 0..4 {
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        assert!(registry.renew(&kept_lease));
+    }
+    let lost = tokio::time::timeout(Duration::from_secs(1), claim.next_lost()).await.unwrap();
+    assert_eq!(lost, LostWorker { id: "a".into(), cause: "it has not renewed its lease for 10 s".into() });
+    assert!(!registry.renew(&lost_lease));
+    assert_eq!(registry.list().len(), 1);
+    stop.cancel();
+    keeper.await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_worker_that_restarts_loses_its_run_and_one_that_registers_again_keeps_it() {
+    let registry = registry(&[("a", "cpu")]);
+    let mut claim = registry.claim_one("r1").unwrap();
+    registry.register(worker("a", "cpu")).unwrap();
+    assert_eq!(registry.list()[0].run_id, "r1");
+    registry.register(pb::WorkerInfo { incarnation: "2".into(), ..worker("a", "cpu") }).unwrap();
+    assert_eq!(registry.list()[0].run_id, "");
+    let lost = tokio::time::timeout(Duration::from_secs(1), claim.next_lost()).await.unwrap();
+    assert_eq!((lost.id.as_str(), lost.cause.as_str()), ("a", "it has restarted and lost its session"));
+    let again = registry.claim_one("r2").unwrap();
+    drop(claim);
+    assert_eq!(registry.list()[0].run_id, "r2", "the old claim gives back only what is still its own");
+    drop(again);
+}

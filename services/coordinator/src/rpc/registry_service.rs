@@ -1,0 +1,79 @@
+use crate::context::Context;
+use crate::registry::RegistryFull;
+use std::sync::Arc;
+use tonic::{Request, Response, Status};
+use tracing::instrument;
+use wire::client::lazy_channel;
+use wire::convert::time::duration_to_pb;
+use wire::pb;
+use wire::pb::registry_service_server::RegistryService;
+use wire::status::{Failure, Reason};
+use wire::{Violations, limits};
+
+/// Admits workers.
+#[derive(Debug, Clone)]
+pub(crate) struct Registration {
+    pub(crate) context: Arc<Context>,
+}
+
+#[tonic::async_trait]
+impl RegistryService for Registration {
+    #[instrument(name = "register", skip_all, err(level = "debug"))]
+    async fn register(
+        &self,
+        request: Request<pb::RegisterRequest>,
+    ) -> Result<Response<pb::RegisterResponse>, Status> {
+        let info = request.into_inner().info.unwrap_or_default();
+        let mut found = Violations::default();
+        check(&info, &mut found);
+        let info = found.finish(info)?;
+        let lease_id = self
+            .context
+            .registry
+            .register(info)
+            .map_err(|full: RegistryFull| Failure::from_error(Reason::TooManyRuns, &full))?;
+        let lease_duration = Some(duration_to_pb(self.context.registry.lease()));
+        Ok(Response::new(pb::RegisterResponse { lease_id, lease_duration }))
+    }
+
+    async fn renew(&self, request: Request<pb::RenewRequest>) -> Result<Response<pb::RenewResponse>, Status> {
+        if !self.context.registry.renew(&request.into_inner().lease_id) {
+            return Err(Failure::new(Reason::LeaseNotFound, "the lease has run out; register again").into());
+        }
+        let lease_duration = Some(duration_to_pb(self.context.registry.lease()));
+        Ok(Response::new(pb::RenewResponse { lease_duration }))
+    }
+
+    #[instrument(name = "list_workers", skip_all)]
+    async fn list_workers(
+        &self,
+        _request: Request<pb::ListWorkersRequest>,
+    ) -> Result<Response<pb::ListWorkersResponse>, Status> {
+        Ok(Response::new(pb::ListWorkersResponse { workers: self.context.registry.list() }))
+    }
+}
+
+fn check(info: &pb::WorkerInfo, found: &mut Violations) {
+    for (field, text) in
+        [("info.id", &info.id), ("info.device", &info.device), ("info.incarnation", &info.incarnation)]
+    {
+        if text.is_empty() {
+            found.reject(field, "is required");
+        }
+    }
+    for (field, text) in [
+        ("info.id", &info.id),
+        ("info.endpoint", &info.endpoint),
+        ("info.device", &info.device),
+        ("info.version", &info.version),
+        ("info.data_host", &info.data_host),
+        ("info.incarnation", &info.incarnation),
+    ] {
+        if text.len() > limits::MAX_TEXT_BYTES {
+            found.reject(field, format!("must not exceed {} bytes", limits::MAX_TEXT_BYTES));
+        }
+    }
+    if let Err(error) = lazy_channel(&info.endpoint) {
+        found.reject("info.endpoint", error.to_string());
+    }
+}

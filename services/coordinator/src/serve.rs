@@ -1,0 +1,66 @@
+use crate::config::CoordinatorConfig;
+use crate::context::Context;
+use crate::one_worker::ENDING;
+use crate::rpc::registry_service::Registration;
+use crate::rpc::run_service::Runs;
+use service_kit::{GrpcServer, Listener};
+use std::time::Duration;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+use wire::limits;
+use wire::pb::DESCRIPTORS;
+use wire::pb::registry_service_server::RegistryServiceServer;
+use wire::pb::run_service_server::RunServiceServer;
+
+/// Longest that calls may go on after the runs have ended.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// Serves until `shutdown`, then cancels all runs, ends their sessions on the workers, and returns.
+///
+/// # Errors
+/// When a folder of the configuration cannot be used or the transport fails.
+pub async fn serve(
+    config: CoordinatorConfig,
+    listener: Listener,
+    shutdown: CancellationToken,
+) -> anyhow::Result<()> {
+    let context = Context::open(&config)?;
+    let server = GrpcServer::new(DESCRIPTORS)?
+        .with_service(
+            RunServiceServer::new(Runs { context: context.clone() })
+                .max_decoding_message_size(limits::MESSAGE_BYTES)
+                .max_encoding_message_size(limits::MASK_MESSAGE_BYTES),
+        )
+        .with_service(
+            RegistryServiceServer::new(Registration { context: context.clone() })
+                .max_decoding_message_size(limits::MESSAGE_BYTES)
+                .max_encoding_message_size(limits::MESSAGE_BYTES),
+        );
+    info!(address = %listener.address(), "coordinator listens");
+    let stop_serving = CancellationToken::new();
+    let leases = tokio::spawn(context.registry.clone().keep_leases(stop_serving.clone()));
+    let winding_down = {
+        let (context, stop_serving) = (context.clone(), stop_serving.clone());
+        async move {
+            shutdown.cancelled().await;
+            context.stopping.cancel();
+            for record in context.book.newest(u64::MAX, usize::MAX) {
+                record.request_cancel("the coordinator was shut down");
+            }
+            context.tasks.close();
+            if tokio::time::timeout(ENDING, context.tasks.wait()).await.is_err() {
+                warn!("sessions that did not end in time were left to their workers");
+            }
+            stop_serving.cancel();
+        }
+    };
+    let winding_down = tokio::spawn(winding_down);
+    let served = server.serve(listener, stop_serving.clone(), GRACE).await;
+    // Reached early only when the transport failed.
+    stop_serving.cancel();
+    winding_down.abort();
+    leases.await?;
+    served?;
+    info!("coordinator ended");
+    Ok(())
+}
