@@ -3,6 +3,8 @@
 use crate::children::{Worker, log_tail, worker_binary};
 use crate::failure::{Failure, OrBadInput, from_status};
 use anyhow::Context;
+use coordinator::CoordinatorConfig;
+use service_kit::RootArgs;
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -16,6 +18,10 @@ use wire::{limits, pb};
 
 /// How long workers may take to load their libraries and register.
 const REGISTER_DEADLINE: Duration = Duration::from_secs(120);
+/// A busy machine may keep a process from its turn for a while.
+const LEASE_SECONDS: u64 = 30;
+/// A step of a large model on few cores takes minutes.
+const STEP_DEADLINE_SECONDS: u64 = 3600;
 const POLL: Duration = Duration::from_millis(50);
 const COORDINATOR_STOP_DEADLINE: Duration = Duration::from_secs(10);
 const TAIL_LINES: usize = 8;
@@ -31,6 +37,8 @@ pub(crate) struct ClusterOptions {
     pub roots: BTreeSet<PathBuf>,
     /// Where the workers' logs go.
     pub logs: PathBuf,
+    /// Where the coordinator keeps its runs, and the workers their checkpoints; below a root.
+    pub state: PathBuf,
 }
 
 /// Running services. Nothing of them is left after [`LocalCluster::stop`], or after a drop.
@@ -53,7 +61,7 @@ impl LocalCluster {
         let listener =
             service_kit::ListenArgs::default().bind(LOOPBACK).await.context("failed to open a local port")?;
         let url = format!("http://{}", listener.address());
-        let coordinator = tokio::spawn(serve(options.roots.clone(), listener, shutdown.clone()));
+        let coordinator = tokio::spawn(coordinator::serve(config(options), listener, shutdown.clone()));
         // From here on a drop ends everything: the guard stops the coordinator, each worker kills its process.
         let guard = shutdown.clone().drop_guard();
         let mut workers = Vec::new();
@@ -150,6 +158,16 @@ fn ended_worker(workers: &mut [Worker]) -> Option<Failure> {
     })
 }
 
+fn config(options: &ClusterOptions) -> CoordinatorConfig {
+    CoordinatorConfig {
+        roots: RootArgs { roots: options.roots.iter().cloned().collect() },
+        data_dir: options.state.clone(),
+        checkpoint_dir: None,
+        lease_seconds: LEASE_SECONDS,
+        step_deadline_seconds: STEP_DEADLINE_SECONDS,
+    }
+}
+
 fn worker_command(binary: &Path, id: &str, coordinator_url: &str, options: &ClusterOptions) -> Command {
     let threads = options.threads.unwrap_or_else(|| default_threads(options.worker_count));
     let mut command = Command::new(binary);
@@ -174,12 +192,4 @@ fn worker_command(binary: &Path, id: &str, coordinator_url: &str, options: &Clus
 fn default_threads(worker_count: u32) -> u32 {
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     (u32::try_from(cores).unwrap_or(u32::MAX) / worker_count.max(1)).max(1)
-}
-
-async fn serve(
-    _roots: BTreeSet<PathBuf>,
-    _listener: service_kit::Listener,
-    _shutdown: CancellationToken,
-) -> anyhow::Result<()> {
-    Ok(())
 }

@@ -1,4 +1,4 @@
-//! What `prune` leaves: OUT/model, report.html, report.svg, run.json, events.jsonl, removals.json, logs.
+//! What `prune` leaves: OUT/model, report.html, report.svg, run.json, events.jsonl, removals.json, logs, state.
 
 use crate::failure::Failure;
 use crate::report::{History, Removals, page, picture};
@@ -41,6 +41,12 @@ impl OutFolder {
     #[must_use]
     pub(crate) fn logs(&self) -> PathBuf {
         self.root.join("logs")
+    }
+
+    /// What the coordinator of the run keeps: its record and the ranks' checkpoints.
+    #[must_use]
+    pub(crate) fn state(&self) -> PathBuf {
+        self.root.join("state")
     }
 
     #[must_use]

@@ -22,14 +22,18 @@ pub(crate) async fn run(args: EvalArgs) -> Result<(), Failure> {
     };
     let mut data: Vec<TextFile> = args.data.iter().map(file).collect();
     local_paths::texts(&mut data)?;
-    let logs = tempfile::tempdir().context("failed to create a folder for logs")?;
-    let _telemetry = telemetry::to_file(&logs.path().join("coordinator.log"))?;
+    let scratch = tempfile::tempdir().context("failed to create a folder for logs")?;
+    let scratch_path = scratch.path().canonicalize().context("failed to find the folder for logs")?;
+    let _telemetry = telemetry::to_file(&scratch_path.join("coordinator.log"))?;
+    let mut roots = local_paths::roots(&model, data.iter());
+    roots.insert(scratch_path.clone());
     let interrupts = Interrupts::listen()?;
     let options = ClusterOptions {
         worker_count: args.workers,
         threads: args.threads,
-        roots: local_paths::roots(&model, data.iter()),
-        logs: logs.path().to_owned(),
+        roots,
+        logs: scratch_path.clone(),
+        state: scratch_path.join("state"),
     };
     let file = RunFile {
         name: "eval".into(),

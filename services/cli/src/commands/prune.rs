@@ -8,6 +8,7 @@ use crate::progress::Progress;
 use crate::report::{History, Removals};
 use crate::run_file::{Evaluation, Export, RunFile};
 use crate::{local_paths, tables, telemetry, units};
+use anyhow::Context;
 use model_spec::ModelSpec;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -33,7 +34,8 @@ pub(crate) async fn run(args: PruneArgs) -> Result<(), Failure> {
     let interrupts = Interrupts::listen()?;
     let mut file = job.file.clone();
     file.export.get_or_insert_with(Export::default).path = Some(folder.model());
-    let options = options(&args, &job, folder.logs(), Some(folder.root().to_owned()));
+    let mut options = options(&args, &job, folder.logs(), folder.state());
+    options.roots.insert(folder.root().to_owned());
 
     let mut progress = Progress::new(file.recipe.steps);
     let mut history = History::default();
@@ -108,8 +110,12 @@ async fn dry_run(args: &PruneArgs, job: Job) -> Result<(), Failure> {
     } else {
         file.export = None;
     }
-    let logs = std::env::temp_dir();
-    let run = plan_locally(file.to_spec(), &options(args, &job, logs, out_root)).await?;
+    let scratch = tempfile::tempdir().context("failed to create a temporary folder")?;
+    let scratch_path = scratch.path().canonicalize().context("failed to find the temporary folder")?;
+    let mut options = options(args, &job, scratch_path.clone(), scratch_path.join("state"));
+    options.roots.insert(scratch_path);
+    options.roots.extend(out_root);
+    let run = plan_locally(file.to_spec(), &options).await?;
     println!("{}", tables::plan_table(&run.plan.unwrap_or_default()));
     Ok(())
 }
@@ -177,11 +183,10 @@ fn job(args: &PruneArgs) -> Result<Job, Failure> {
     Ok(Job { file, model, dense })
 }
 
-fn options(args: &PruneArgs, job: &Job, logs: PathBuf, out: Option<PathBuf>) -> ClusterOptions {
+fn options(args: &PruneArgs, job: &Job, logs: PathBuf, state: PathBuf) -> ClusterOptions {
     let evaluated = job.file.evaluation.iter().flat_map(|evaluation| &evaluation.data);
-    let mut roots = local_paths::roots(&job.model, job.file.data.iter().chain(evaluated));
-    roots.extend(out);
-    ClusterOptions { worker_count: job.file.workers.unwrap_or(1), threads: args.threads, roots, logs }
+    let roots = local_paths::roots(&job.model, job.file.data.iter().chain(evaluated));
+    ClusterOptions { worker_count: job.file.workers.unwrap_or(1), threads: args.threads, roots, logs, state }
 }
 
 fn removals(dense: &ModelSpec, masks: &[(u64, pb::KeepMask)]) -> Option<Removals> {

@@ -37,7 +37,7 @@ pub(crate) fn overview(history: &History) -> String {
     for (tile, area) in tiles.iter().zip(row(tiles.len(), top, TILE)) {
         svg.card(area);
         svg.text((area.left + 16.0, area.top + 24.0), &tile.name, TextStyle::new(12.5, colour::MUTED));
-        svg.text((area.left + 16.0, area.top + 49.0), &tile.value, TextStyle::new(19.0, colour::INK).bold());
+        svg.text((area.left + 16.0, area.top + 49.0), &tile.value, TextStyle::new(18.0, colour::INK).bold());
         svg.text((area.left + 16.0, area.top + 69.0), &tile.note, TextStyle::new(12.0, colour::MUTED));
     }
     top += TILE + GAP;

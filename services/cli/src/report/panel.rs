@@ -88,7 +88,7 @@ fn head(svg: &mut Svg, card: Area, title: &str, subtitle: &str) {
 }
 
 fn step_axis(svg: &mut Svg, plot: Area, across: Scale, first: f64, last: f64) {
-    let columns: Vec<f64> = ticks(first, last.max(first + 1.0), 5)
+    let columns: Vec<f64> = ticks(first, last.max(first + 1.0), 7)
         .into_iter()
         .filter(|tick| *tick >= first && *tick <= last)
         .collect();
@@ -138,7 +138,7 @@ impl MapPanel<'_> {
     pub(crate) fn draw(&self, svg: &mut Svg, card: Area) {
         svg.card(card);
         head(svg, card, self.title, &self.subtitle);
-        let plot = card.inset(58.0, 62.0, 20.0, 78.0);
+        let plot = card.inset(66.0, 64.0, 20.0, 78.0);
         let column_count = self.cells.len();
         let row_count = self.cells.iter().map(Vec::len).max().unwrap_or(0);
         if column_count == 0 || row_count == 0 {
@@ -168,7 +168,11 @@ impl MapPanel<'_> {
         }
         let middle = plot.left + plot.width / 2.0;
         svg.text((middle, plot.bottom() + 33.0), self.column_name, TICK.anchored(Anchor::Middle));
-        svg.text((card.left + 18.0, plot.top - 6.0), self.row_name, TICK);
+        svg.upright_text(
+            (card.left + 20.0, plot.top + plot.height / 2.0),
+            self.row_name,
+            TICK.anchored(Anchor::Middle),
+        );
         self.legend.draw(svg, plot.left, plot.bottom() + 50.0);
     }
 }

@@ -86,7 +86,7 @@ pub(crate) fn tiles(history: &History) -> Vec<Tile> {
         tiles.push(Tile {
             name: "Written".into(),
             value: units::bytes(result.weight_bytes),
-            note: format!("as {}; reload check {}", result.model_type, check_words(result)),
+            note: format!("`{}`, {}", result.model_type, check_words(result)),
         });
     }
     if tiles.len() < 3
@@ -104,7 +104,7 @@ pub(crate) fn tiles(history: &History) -> Vec<Tile> {
 /// What the reload of the written model found.
 #[must_use]
 pub(crate) fn check_words(result: &wire::pb::ExportResult) -> String {
-    format!("{} of top tokens equal", units::percent(result.top_token_agreement))
+    format!("{} same top token", units::percent(result.top_token_agreement))
 }
 
 fn capitalised(text: &str) -> String {

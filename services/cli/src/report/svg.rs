@@ -212,6 +212,13 @@ impl Svg {
         );
     }
 
+    /// A text that reads from bottom to top.
+    pub(crate) fn upright_text(&mut self, at: (f64, f64), text: &str, style: TextStyle) {
+        let _ = writeln!(self.0, "<g transform=\"translate({:.2} {:.2}) rotate(-90)\">", at.0, at.1);
+        self.text((0.0, 0.0), text, style);
+        self.0.push_str("</g>\n");
+    }
+
     /// The whole picture.
     #[must_use]
     pub(crate) fn finish(self, width: f64, height: f64) -> String {
