@@ -1,6 +1,6 @@
 use crate::gguf::blocks::BlockType;
-use crate::testing::random_weights;
 use crate::tensor_name::required_tensors;
+use crate::testing::random_weights;
 use candle_core::{Device, Tensor, quantized::QTensor};
 use model_spec::{ModelSpec, Projection};
 
@@ -119,7 +119,8 @@ impl GgufBuilder {
 /// When the spec has layers of different widths, or the type is unknown or does not divide: a mistake in the test.
 #[must_use]
 pub fn tiny_gguf(spec: &ModelSpec, matrix_type: &str, seed: u64) -> GgufBuilder {
-    let kind = BlockType::ALL.into_iter().find(|kind| kind.name() == matrix_type).expect("a known block type");
+    let kind =
+        BlockType::ALL.into_iter().find(|kind| kind.name() == matrix_type).expect("a known block type");
     let layer = spec.uniform_layer().expect("a GGUF file has one set of widths");
     let tokens: Vec<String> = ["<unk>", "<s>", "</s>", "Ġ", "a", "b", "ab", "Ġab"]
         .map(str::to_owned)
@@ -150,7 +151,9 @@ pub fn tiny_gguf(spec: &ModelSpec, matrix_type: &str, seed: u64) -> GgufBuilder 
         .u32("tokenizer.ggml.unknown_token_id", 0);
     for (index, (name, shape)) in required_tensors(spec).into_iter().enumerate() {
         let mut values = random_weights(&shape, seed.wrapping_add(index as u64));
-        for (suffix, heads) in [("q_proj.weight", layer.query_head_count), ("k_proj.weight", layer.kv_head_count)] {
+        for (suffix, heads) in
+            [("q_proj.weight", layer.query_head_count), ("k_proj.weight", layer.kv_head_count)]
+        {
             if name.ends_with(suffix) {
                 values = interleaved(&values, heads, spec.head_dim);
             }
