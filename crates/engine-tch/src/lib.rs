@@ -22,6 +22,7 @@ mod state_file;
 
 pub use export::write_logits;
 pub use shard::TchEngine;
+pub use tch::Device;
 
 #[cfg(test)]
 mod tests;

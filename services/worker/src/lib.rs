@@ -1,1 +1,115 @@
+//! One process, one device, one tensor-parallel rank: it loads a shard, trains it, streams scores, applies masks and
+//! writes the result, as the coordinator tells it.
+//!
+//! The async side never computes and never blocks; one OS thread a session owns the engine's shard (`device_thread`).
 
+mod config;
+mod data;
+mod device_thread;
+mod failure;
+mod logits;
+mod memory;
+mod parent;
+mod registration;
+mod rpc;
+mod session;
+mod train_stream;
+
+pub use config::{ServeArgs, WorkerConfig};
+pub use logits::{TokensFileError, read_tokens_file};
+pub use parent::{Parent, ParentGone};
+pub use rpc::WorkerRpc;
+
+use engine::Engine;
+use registration::{Registration, RegistrationError};
+use service_kit::grpc_server::{GrpcServer, ServeError};
+use service_kit::{ListenError, RootsError};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio_util::sync::CancellationToken;
+use tracing::info;
+use wire::pb;
+use wire::pb::worker_service_server::WorkerServiceServer;
+
+/// Longest that running calls may take to end once the worker was told to stop.
+const SHUTDOWN_GRACE: Duration = Duration::from_secs(5);
+
+/// Why a worker ended badly.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkerError {
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    #[error(transparent)]
+    Roots(#[from] RootsError),
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+    #[error("the worker listens on {address}, which tells others not where it is; pass --advertise URL")]
+    NoAddress { address: SocketAddr },
+    #[error("--advertise `{url}` has no host; give a URL such as http://worker-0:7071")]
+    AdvertiseWithoutHost { url: String },
+    #[error("failed to register")]
+    Registration(#[from] RegistrationError),
+}
+
+/// Serves until `stop`: registers with the coordinator, if one is given, and keeps its lease.
+///
+/// # Errors
+/// When the address cannot be bound, a root is missing, or the coordinator is not reached in time.
+pub async fn run(
+    config: WorkerConfig,
+    engine: Arc<dyn Engine>,
+    stop: CancellationToken,
+) -> Result<(), WorkerError> {
+    let roots = config.roots.open()?;
+    let listener = config.listen.bind(SocketAddr::from(([127, 0, 0, 1], 0))).await?;
+    let announced = config.announced(listener.address())?;
+    let rpc = WorkerRpc::new(engine, roots, announced.data_host.clone(), config.collective_timeout);
+    info!(
+        worker_id = announced.id,
+        address = %listener.address(),
+        endpoint = announced.endpoint,
+        device = announced.device,
+        "worker serves"
+    );
+    let service = WorkerServiceServer::new(rpc.clone())
+        .max_decoding_message_size(wire::limits::MASK_MESSAGE_BYTES)
+        .max_encoding_message_size(wire::limits::MASK_MESSAGE_BYTES);
+    let server = GrpcServer::new(pb::DESCRIPTORS)?.with_service(service);
+    // Whatever ends first ends the others.
+    let stop = stop.child_token();
+    let registering = async {
+        let ended = match &config.coordinator {
+            Some(coordinator) => {
+                Registration {
+                    coordinator,
+                    worker: announced,
+                    register_timeout: config.register_timeout,
+                    rpc: &rpc,
+                }
+                .keep(&stop)
+                .await
+            }
+            None => {
+                stop.cancelled().await;
+                Ok(())
+            }
+        };
+        stop.cancel();
+        // Calls of a session end at once, so that the server need not wait for them.
+        rpc.shut_down().await;
+        ended
+    };
+    let (served, registered) = tokio::join!(
+        async {
+            let served = server.serve(listener, stop.clone(), SHUTDOWN_GRACE).await;
+            stop.cancel();
+            served
+        },
+        registering
+    );
+    served?;
+    registered?;
+    info!("worker ended");
+    Ok(())
+}

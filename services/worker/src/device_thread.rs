@@ -1,0 +1,507 @@
+//! The one thread of a session that touches the engine's shard: it loads, obeys orders one after the other, and ends.
+
+use crate::data::{self, DataRequest, SessionData};
+use crate::failure;
+use crate::session::{Progress, SessionEnd};
+use checkpoint::ModelFolder;
+use engine::{Engine, EngineError, MaskApplied, NllSum, Rendezvous, ShardEngine, ShardSetup};
+use model_spec::ModelSpec;
+use pruning::KeepMask;
+use recipe::Compute;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+use tokio::runtime::Handle;
+use tokio::sync::{mpsc, oneshot};
+use tonic::Status;
+use tracing::{Span, debug, info, warn};
+use wire::convert::scores::{ScorePlace, ScoreWidth, chunks};
+use wire::convert::{mask, time};
+use wire::pb;
+use wire::status::{Failure, Reason};
+
+/// What a session is made of.
+pub(crate) struct SessionSetup {
+    pub(crate) engine: Arc<dyn Engine>,
+    pub(crate) shard: ShardSetup,
+    pub(crate) data: DataRequest,
+    /// Address of this rank's collectives.
+    pub(crate) data_host: String,
+    /// Counts the optimizer steps of the process.
+    pub(crate) steps_done: Arc<AtomicU64>,
+}
+
+/// What the thread shares with the async side.
+pub(crate) struct Context {
+    pub(crate) end: SessionEnd,
+    pub(crate) progress: Arc<Progress>,
+    pub(crate) runtime: Handle,
+}
+
+/// What loading found.
+#[derive(Debug)]
+pub(crate) struct Loaded {
+    pub(crate) data_sha256: String,
+    pub(crate) window_count: u64,
+    pub(crate) memory_bytes: u64,
+}
+
+/// What Checkpoint wrote.
+#[derive(Debug)]
+pub(crate) struct Written {
+    pub(crate) file: String,
+    pub(crate) sha256: String,
+}
+
+/// Steps `first_step .. end_step` under a mask.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Stretch {
+    pub(crate) first_step: u64,
+    pub(crate) end_step: u64,
+    pub(crate) generation: u64,
+}
+
+type Reply<T> = oneshot::Sender<Result<T, Failure>>;
+pub(crate) type TrainItem = Result<pb::TrainResponse, Status>;
+
+pub(crate) enum Command {
+    OpenRendezvous {
+        reply: Reply<Rendezvous>,
+    },
+    JoinGroup {
+        rendezvous: Rendezvous,
+        reply: Reply<()>,
+    },
+    /// `accepted` is answered before the first step; then reports and scores go to `sink`.
+    Train {
+        stretch: Stretch,
+        accepted: Reply<()>,
+        sink: mpsc::Sender<TrainItem>,
+    },
+    ApplyMask {
+        generation: u64,
+        keep_mask: KeepMask,
+        reply: Reply<(MaskApplied, u64)>,
+    },
+    Evaluate {
+        reply: Reply<NllSum>,
+    },
+    Checkpoint {
+        folder: PathBuf,
+        reply: Reply<Written>,
+    },
+}
+
+/// A command and the span of the call that gave it.
+pub(crate) struct Order {
+    pub(crate) span: Span,
+    pub(crate) command: Command,
+}
+
+/// Why a command failed, and whether the shard is lost with it.
+struct Fault {
+    failure: Failure,
+    ends_session: bool,
+}
+
+impl From<Failure> for Fault {
+    fn from(failure: Failure) -> Self {
+        Self { failure, ends_session: false }
+    }
+}
+
+impl From<EngineError> for Fault {
+    fn from(error: EngineError) -> Self {
+        Self { failure: failure::of_engine(&error), ends_session: failure::ends_session(&error) }
+    }
+}
+
+/// Runs `work`; a panic in it loses the shard, not the process.
+fn guarded<T>(what: &str, work: impl FnOnce() -> Result<T, Fault>) -> Result<T, Fault> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|payload| {
+        Err(Fault { failure: failure::of_panic(payload.as_ref(), what), ends_session: true })
+    })
+}
+
+/// The life of the thread: load, obey until the session's end, free the shard.
+pub(crate) fn run(
+    setup: SessionSetup,
+    context: &Context,
+    loading: Span,
+    mut orders: mpsc::Receiver<Order>,
+    ready: oneshot::Sender<Result<Loaded, Failure>>,
+) {
+    let loaded = loading.in_scope(|| guarded("loading", || Shard::load(setup, context)));
+    drop(loading);
+    let mut shard = match loaded {
+        Ok((shard, loaded)) => {
+            // Nobody waits any more when the caller went away; the session stays for its next call.
+            let _ = ready.send(Ok(loaded));
+            shard
+        }
+        Err(fault) => {
+            warn!(error = %fault.failure, "load failed");
+            let _ = ready.send(Err(fault.failure.clone()));
+            context.end.end(fault.failure);
+            return;
+        }
+    };
+    while let Some(Order { span, command }) = next_order(context, &mut orders) {
+        if let Some(lost) = span.in_scope(|| shard.obey(command)) {
+            warn!(error = %lost, "session lost");
+            context.end.end(lost);
+        }
+    }
+    if guarded("freeing the shard", || {
+        drop(shard);
+        Ok(())
+    })
+    .is_err()
+    {
+        warn!("the engine panicked when it was freed");
+    }
+    debug!("device thread ends");
+}
+
+/// The next order, or nothing once the session is over.
+fn next_order(context: &Context, orders: &mut mpsc::Receiver<Order>) -> Option<Order> {
+    context.runtime.block_on(async {
+        tokio::select! {
+            biased;
+            () = context.end.over() => None,
+            order = orders.recv() => order,
+        }
+    })
+}
+
+struct Shard<'a> {
+    context: &'a Context,
+    engine: Box<dyn ShardEngine>,
+    setup: ShardSetup,
+    data: SessionData,
+    data_host: String,
+    dense: ModelSpec,
+    keep_mask: KeepMask,
+    generation: u64,
+    last_applied: MaskApplied,
+    next_step: u64,
+    joined: bool,
+    steps_done: Arc<AtomicU64>,
+}
+
+impl<'a> Shard<'a> {
+    fn load(setup: SessionSetup, context: &'a Context) -> Result<(Self, Loaded), Fault> {
+        let SessionSetup { engine, shard: setup, data: request, data_host, steps_done } = setup;
+        let started = Instant::now();
+        let folder = ModelFolder::open(&setup.model).map_err(|error| failure::of_model(&error))?;
+        let data = SessionData::load(&request, &folder, &setup.recipe)?;
+        if context.end.is_over() {
+            return Err(context.end.why().into());
+        }
+        let engine = engine.load(setup.clone())?;
+        let (data_sha256, window_count) = data.training_digest();
+        let shard = Self {
+            keep_mask: KeepMask::full(folder.spec()),
+            dense: folder.spec().clone(),
+            joined: setup.tp_degree == 1,
+            generation: 0,
+            last_applied: MaskApplied { received_groups: 0 },
+            next_step: 0,
+            context,
+            engine,
+            setup,
+            data,
+            data_host,
+            steps_done,
+        };
+        let memory_bytes = shard.note_progress();
+        info!(
+            tp_rank = shard.setup.tp_rank,
+            tp_degree = shard.setup.tp_degree,
+            window_count,
+            memory_bytes,
+            seconds = started.elapsed().as_secs_f64(),
+            "shard loaded"
+        );
+        Ok((shard, Loaded { data_sha256, window_count, memory_bytes }))
+    }
+
+    /// Does what it is told and answers; returns why the shard is lost, if it is.
+    fn obey(&mut self, command: Command) -> Option<Failure> {
+        match command {
+            Command::OpenRendezvous { reply } => {
+                answer(reply, "opening the rendezvous", || self.open_rendezvous())
+            }
+            Command::JoinGroup { rendezvous, reply } => {
+                answer(reply, "joining the group", || self.join_group(&rendezvous))
+            }
+            Command::Train { stretch, accepted, sink } => self.train(stretch, accepted, &sink),
+            Command::ApplyMask { generation, keep_mask, reply } => {
+                answer(reply, "applying the mask", || self.apply_mask(generation, keep_mask))
+            }
+            Command::Evaluate { reply } => answer(reply, "evaluating", || self.evaluate()),
+            Command::Checkpoint { folder, reply } => {
+                answer(reply, "writing the checkpoint", || self.checkpoint(folder))
+            }
+        }
+    }
+
+    fn open_rendezvous(&mut self) -> Result<Rendezvous, Fault> {
+        if self.setup.tp_rank != 0 {
+            let message = format!("only rank 0 opens the rendezvous; this is rank {}", self.setup.tp_rank);
+            return Err(Failure::new(Reason::Refused, message).into());
+        }
+        Ok(self.engine.open_rendezvous(&self.data_host)?)
+    }
+
+    fn join_group(&mut self, rendezvous: &Rendezvous) -> Result<(), Fault> {
+        if self.joined && self.setup.tp_degree > 1 {
+            let message = "the session has joined its group already; load it anew to form another";
+            return Err(Failure::new(Reason::Refused, message).into());
+        }
+        let joined = self.engine.join_group(rendezvous, &self.data_host);
+        // Half a group is no group: nothing can be done with this shard any more.
+        joined.map_err(|error| Fault { failure: failure::of_engine(&error), ends_session: true })?;
+        self.joined = true;
+        Ok(())
+    }
+
+    fn train(
+        &mut self,
+        stretch: Stretch,
+        accepted: Reply<()>,
+        sink: &mpsc::Sender<TrainItem>,
+    ) -> Option<Failure> {
+        if let Err(refused) = self.check_stretch(stretch) {
+            let _ = accepted.send(Err(refused));
+            return None;
+        }
+        // A caller that is gone already is noticed at the first report.
+        let _ = accepted.send(Ok(()));
+        for step in stretch.first_step..stretch.end_step {
+            if self.context.end.is_over() {
+                return None;
+            }
+            let messages = match guarded("a step", || self.step(step)) {
+                Ok(messages) => messages,
+                Err(Fault { failure, ends_session }) => {
+                    warn!(step, error = %failure, "step failed");
+                    let _ = self.send(sink, Err(failure.clone().into()));
+                    return ends_session.then_some(failure);
+                }
+            };
+            for message in messages {
+                if self.send(sink, Ok(message)).is_err() {
+                    info!(step, "training stops: nobody listens any more");
+                    return None;
+                }
+            }
+        }
+        None
+    }
+
+    fn check_stretch(&self, stretch: Stretch) -> Result<(), Failure> {
+        let Stretch { first_step, end_step, generation } = stretch;
+        self.require_group()?;
+        if generation != self.generation {
+            let reason = if generation < self.generation {
+                Reason::StaleGeneration
+            } else {
+                Reason::SkippedGeneration
+            };
+            let message = format!("generation {} is in force, not {generation}", self.generation);
+            return Err(Failure::new(reason, message).with_fact("generation", self.generation));
+        }
+        if first_step != self.next_step {
+            let message = format!("the next step is {}, not {first_step}", self.next_step);
+            return Err(Failure::new(Reason::WrongStep, message).with_fact("next_step", self.next_step));
+        }
+        if end_step <= first_step || end_step > self.setup.recipe.steps {
+            let steps = self.setup.recipe.steps;
+            return Err(Failure::invalid_field(
+                "end_step",
+                format!("must lie in {}..={steps}; got {end_step}", first_step + 1),
+            ));
+        }
+        if self.data.micro_batches(first_step).is_none() {
+            return Err(data::none_loaded("training data", "training_data"));
+        }
+        Ok(())
+    }
+
+    /// One optimizer step; returns its scores in chunks and then its report.
+    fn step(&mut self, step: u64) -> Result<Vec<pb::TrainResponse>, Fault> {
+        let started = Instant::now();
+        let Some(micro_batches) = self.data.micro_batches(step) else {
+            return Err(data::none_loaded("training data", "training_data").into());
+        };
+        let outcome = self.engine.train_step(step, &micro_batches)?;
+        let duration = started.elapsed();
+        self.next_step = step + 1;
+        self.steps_done.fetch_add(1, Ordering::Relaxed);
+        let memory_bytes = self.note_progress();
+        let width = match self.setup.recipe.precision.compute {
+            Compute::F64 => ScoreWidth::F64,
+            Compute::F32 | Compute::Bf16 => ScoreWidth::F32,
+        };
+        let mut messages = Vec::new();
+        for scores in &outcome.scores {
+            let place = ScorePlace {
+                step,
+                generation: self.generation,
+                layer: scores.layer,
+                projection: scores.projection,
+            };
+            messages.extend(
+                chunks(place, &scores.values, width)
+                    .map(|chunk| pb::TrainResponse { kind: Some(pb::train_response::Kind::Scores(chunk)) }),
+            );
+        }
+        debug!(
+            step,
+            loss = outcome.loss,
+            milliseconds = duration.as_secs_f64() * 1e3,
+            memory_bytes,
+            "step ended"
+        );
+        messages.push(pb::TrainResponse {
+            kind: Some(pb::train_response::Kind::Report(pb::StepReport {
+                step,
+                loss: outcome.loss,
+                grad_norm: outcome.grad_norm,
+                learning_rate: outcome.learning_rate,
+                tokens: self.setup.recipe.batch.tokens_per_step(),
+                duration: Some(time::duration_to_pb(duration)),
+                score_duration: Some(time::duration_to_pb(outcome.score_time)),
+                memory_bytes,
+                sparsity: self.keep_mask.sparsity(&self.dense),
+                generation: self.generation,
+            })),
+        });
+        Ok(messages)
+    }
+
+    fn apply_mask(&mut self, generation: u64, keep_mask: KeepMask) -> Result<(MaskApplied, u64), Fault> {
+        self.require_group()?;
+        if generation == self.generation {
+            if keep_mask != self.keep_mask {
+                let problem = format!("is not the mask that generation {generation} was applied with");
+                return Err(Failure::invalid_field("keep_mask", problem).into());
+            }
+            return Ok((self.last_applied, self.note_progress()));
+        }
+        if generation != self.generation + 1 {
+            let (reason, how) = if generation < self.generation {
+                (Reason::StaleGeneration, "is older than")
+            } else {
+                (Reason::SkippedGeneration, "does not follow")
+            };
+            let message =
+                format!("generation {generation} {how} generation {}, which is in force", self.generation);
+            return Err(Failure::new(reason, message).with_fact("generation", self.generation).into());
+        }
+        mask::check_fits(&keep_mask, &self.dense, "keep_mask").map_err(Failure::from)?;
+        keep_mask.check_subset_of(&self.keep_mask).map_err(Failure::from)?;
+        let applied = match self.engine.apply_mask(generation, &keep_mask) {
+            Ok(applied) => applied,
+            // Refused before anything changed: the session goes on. Else the shard may be half sliced.
+            Err(error @ EngineError::Refused(_)) => return Err(error.into()),
+            Err(
+                error @ (EngineError::File(_)
+                | EngineError::NotFinite { .. }
+                | EngineError::Collective(_)
+                | EngineError::Device(_)),
+            ) => return Err(Fault { failure: failure::of_engine(&error), ends_session: true }),
+        };
+        self.keep_mask = keep_mask;
+        self.generation = generation;
+        self.last_applied = applied;
+        let memory_bytes = self.note_progress();
+        info!(generation, received_groups = applied.received_groups, memory_bytes, "mask applied");
+        Ok((applied, memory_bytes))
+    }
+
+    fn evaluate(&mut self) -> Result<NllSum, Fault> {
+        self.require_group()?;
+        let Some((rows, rows_per_pass)) = self.data.evaluation() else {
+            return Err(data::none_loaded("held-out text", "evaluation").into());
+        };
+        let started = Instant::now();
+        let mut sum = NllSum::default();
+        // A pass at a time, so that an abort need not wait for all of them.
+        for rows in rows.chunks(rows_per_pass.max(1)) {
+            if self.context.end.is_over() {
+                return Err(self.context.end.why().into());
+            }
+            let pass = self.engine.evaluate(rows, rows_per_pass)?;
+            sum.negative_log_likelihood += pass.negative_log_likelihood;
+            sum.predicted += pass.predicted;
+        }
+        self.note_progress();
+        info!(
+            perplexity = sum.perplexity(),
+            predicted_tokens = sum.predicted,
+            seconds = started.elapsed().as_secs_f64(),
+            "evaluated"
+        );
+        Ok(sum)
+    }
+
+    fn checkpoint(&mut self, folder: PathBuf) -> Result<Written, Fault> {
+        self.require_group()?;
+        std::fs::create_dir_all(&folder).map_err(|error| {
+            Failure::new(Reason::BadFile, format!("failed to make folder `{}`: {error}", folder.display()))
+        })?;
+        let file = format!("rank-{}.safetensors", self.setup.tp_rank);
+        let sha256 = self.engine.checkpoint(&folder.join(&file), self.data.prompts())?;
+        info!(file, sha256, generation = self.generation, "checkpoint written");
+        Ok(Written { file, sha256 })
+    }
+
+    fn require_group(&self) -> Result<(), Failure> {
+        if self.joined {
+            return Ok(());
+        }
+        let message = format!(
+            "rank {} of {} has not joined its group; call JoinGroup first",
+            self.setup.tp_rank, self.setup.tp_degree
+        );
+        Err(Failure::new(Reason::GroupNotFormed, message))
+    }
+
+    /// Writes down where the session stands and returns the shard's memory.
+    fn note_progress(&self) -> u64 {
+        let memory_bytes = match self.engine.memory_bytes() {
+            0 => crate::memory::resident_bytes(),
+            bytes => bytes,
+        };
+        self.context.progress.generation.store(self.generation, Ordering::Relaxed);
+        self.context.progress.next_step.store(self.next_step, Ordering::Relaxed);
+        self.context.progress.memory_bytes.store(memory_bytes, Ordering::Relaxed);
+        memory_bytes
+    }
+
+    /// Waits for room in the stream; fails when the caller is gone or the session over.
+    fn send(&self, sink: &mpsc::Sender<TrainItem>, item: TrainItem) -> Result<(), ()> {
+        self.context.runtime.block_on(async {
+            tokio::select! {
+                biased;
+                () = self.context.end.over() => Err(()),
+                sent = sink.send(item) => sent.map_err(drop),
+            }
+        })
+    }
+}
+
+/// Does `work` and answers; returns why the shard is lost, if it is.
+fn answer<T>(reply: Reply<T>, what: &str, work: impl FnOnce() -> Result<T, Fault>) -> Option<Failure> {
+    let (answer, lost) = match guarded(what, work) {
+        Ok(value) => (Ok(value), None),
+        Err(Fault { failure, ends_session }) => (Err(failure.clone()), ends_session.then_some(failure)),
+    };
+    // A caller that went away does not want its answer.
+    let _ = reply.send(answer);
+    lost
+}

@@ -1,0 +1,165 @@
+//! Registering with the coordinator and keeping the lease.
+
+use crate::WorkerRpc;
+use backon::{BackoffBuilder, ExponentialBuilder};
+use std::time::Duration;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tonic::Code;
+use tracing::{debug, info, warn};
+use wire::client::{ConnectError, RegistryClient, lazy_channel, registry_client, within};
+use wire::convert::time::duration_from_pb;
+use wire::pb;
+use wire::status::{Failure, Reason, describe};
+
+/// Deadline of one call to the coordinator.
+const CALL: Duration = Duration::from_secs(5);
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// Leases that may pass without renewal before the session is given up.
+const LOST_AFTER_LEASES: u32 = 3;
+/// Bounds on what a coordinator may call a lease.
+const SHORTEST_LEASE: Duration = Duration::from_millis(100);
+const DEFAULT_LEASE: Duration = Duration::from_secs(10);
+
+/// Why registering failed for good.
+#[derive(Debug, thiserror::Error)]
+pub enum RegistrationError {
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    #[error(
+        "no answer from the coordinator at {coordinator} for {seconds} s; is it running there? Last: {last}"
+    )]
+    Unreachable { coordinator: String, seconds: u64, last: String },
+    #[error("the coordinator at {coordinator} refuses this worker: {problem}")]
+    Refused { coordinator: String, problem: String },
+}
+
+pub(crate) struct Registration<'a> {
+    pub(crate) coordinator: &'a str,
+    pub(crate) worker: pb::WorkerInfo,
+    /// How long the first registration may take.
+    pub(crate) register_timeout: Duration,
+    pub(crate) rpc: &'a WorkerRpc,
+}
+
+struct Lease {
+    id: String,
+    duration: Duration,
+}
+
+impl Registration<'_> {
+    /// Registers, renews, and registers again when the lease is lost, until `stop`.
+    ///
+    /// # Errors
+    /// When the first registration does not succeed in time, or the coordinator refuses this worker.
+    pub(crate) async fn keep(self, stop: &CancellationToken) -> Result<(), RegistrationError> {
+        let mut client = registry_client(lazy_channel(self.coordinator)?);
+        let mut give_up = Some(Instant::now() + self.register_timeout);
+        loop {
+            let registered = tokio::select! {
+                () = stop.cancelled() => return Ok(()),
+                registered = self.register(&mut client, give_up) => registered?,
+            };
+            give_up = None;
+            info!(
+                coordinator = self.coordinator,
+                worker_id = self.worker.id,
+                lease_seconds = registered.duration.as_secs_f64(),
+                "registered"
+            );
+            tokio::select! {
+                () = stop.cancelled() => return Ok(()),
+                () = self.renew_until_lost(&mut client, registered) => {}
+            }
+            // The coordinator counts a worker without lease as lost, and its session with it.
+            self.rpc.drop_session(Failure::new(Reason::Aborted, "the worker's lease was lost")).await;
+        }
+    }
+
+    /// Tries until it succeeds, or until `give_up`.
+    async fn register(
+        &self,
+        client: &mut RegistryClient,
+        give_up: Option<Instant>,
+    ) -> Result<Lease, RegistrationError> {
+        let mut pauses = pauses();
+        loop {
+            let request = pb::RegisterRequest { info: Some(self.worker.clone()) };
+            let status = match client.register(within(CALL, request)).await {
+                Ok(response) => {
+                    let pb::RegisterResponse { lease_id, lease_duration } = response.into_inner();
+                    return Ok(Lease { id: lease_id, duration: usable(duration_from_pb(lease_duration)) });
+                }
+                Err(status) => status,
+            };
+            if status.code() == Code::InvalidArgument {
+                return Err(RegistrationError::Refused {
+                    coordinator: self.coordinator.to_owned(),
+                    problem: describe(&status),
+                });
+            }
+            if give_up.is_some_and(|give_up| Instant::now() >= give_up) {
+                return Err(RegistrationError::Unreachable {
+                    coordinator: self.coordinator.to_owned(),
+                    seconds: self.register_timeout.as_secs(),
+                    last: describe(&status),
+                });
+            }
+            debug!(coordinator = self.coordinator, error = %describe(&status), "not registered yet");
+            let pause = pauses.next().unwrap_or(LONGEST_PAUSE);
+            let wake = Instant::now() + pause;
+            tokio::time::sleep_until(give_up.map_or(wake, |give_up| give_up.min(wake))).await;
+        }
+    }
+
+    /// Renews the lease three times in its duration; returns when it is lost.
+    async fn renew_until_lost(&self, client: &mut RegistryClient, lease: Lease) {
+        let Lease { id, mut duration } = lease;
+        let mut renewed = Instant::now();
+        let mut retries = pauses();
+        let mut pause = duration / 3;
+        loop {
+            tokio::time::sleep(pause).await;
+            let request = pb::RenewRequest { lease_id: id.clone(), steps_done: self.rpc.steps_done() };
+            match client.renew(within(CALL.min(duration), request)).await {
+                Ok(response) => {
+                    duration = usable(duration_from_pb(response.into_inner().lease_duration));
+                    renewed = Instant::now();
+                    retries = pauses();
+                    pause = duration / 3;
+                }
+                Err(status) if status.code() == Code::NotFound => {
+                    warn!("the lease has run out; registering again");
+                    return;
+                }
+                Err(status) => {
+                    let silent = renewed.elapsed();
+                    if silent >= duration * LOST_AFTER_LEASES {
+                        warn!(
+                            seconds = silent.as_secs_f64(),
+                            error = %describe(&status),
+                            "the coordinator is gone; registering again"
+                        );
+                        return;
+                    }
+                    debug!(error = %describe(&status), "the lease was not renewed");
+                    pause = retries.next().unwrap_or(LONGEST_PAUSE).min(duration / 3);
+                }
+            }
+        }
+    }
+}
+
+fn pauses() -> impl Iterator<Item = Duration> {
+    ExponentialBuilder::default()
+        .with_jitter()
+        .with_min_delay(FIRST_PAUSE)
+        .with_max_delay(LONGEST_PAUSE)
+        .without_max_times()
+        .build()
+}
+
+fn usable(granted: Option<Duration>) -> Duration {
+    granted.filter(|granted| *granted >= SHORTEST_LEASE).unwrap_or(DEFAULT_LEASE)
+}
