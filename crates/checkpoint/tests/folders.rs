@@ -237,11 +237,13 @@ fn the_form_of_an_export_is_the_one_that_transformers_admits() {
         ("a Mistral", spec(Family::Mistral, vec![layer(6, 2, 8); 2]), Family::Mistral, false),
         ("padded, divides", spec(Family::Llama, vec![layer(5, 1, 8), layer(6, 1, 8)]), Family::Llama, true),
         (
-            "padded, does not",
-            spec(Family::Llama, vec![layer(6, 3, 8), layer(8, 2, 8)]),
+            "padded, does not divide",
+            spec(Family::Llama, vec![layer(5, 5, 8), layer(4, 4, 8)]),
             Family::Mistral,
             true,
         ),
+        // 3 kv heads with up to 4 query heads each are 12.
+        ("padded in groups", spec(Family::Llama, vec![layer(6, 3, 8), layer(8, 2, 8)]), Family::Llama, true),
     ] {
         assert_eq!(export_form(&spec), Ok(ExportForm { family, padded }), "{case}");
     }

@@ -118,7 +118,9 @@ pub(super) fn read_tokenizer(
     config.insert("tokenizer_class".to_owned(), json!("PreTrainedTokenizerFast"));
     config.insert("add_prefix_space".to_owned(), json!(parts.adds_prefix_space));
     config.insert("add_bos_token".to_owned(), json!(add_bos));
-    config.insert("add_eos_token".to_owned(), json!(add_eos));
+    if add_eos {
+        config.insert("add_eos_token".to_owned(), json!(true));
+    }
     config.insert("clean_up_tokenization_spaces".to_owned(), json!(false));
     if let Some(length) = keys.header.metadata.get("llama.context_length").and_then(|value| value.as_u64()) {
         config.insert("model_max_length".to_owned(), json!(length));
