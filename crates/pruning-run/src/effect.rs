@@ -10,9 +10,9 @@ pub enum Effect {
     Record(RunEvent),
     /// Load the shard on every rank.
     Load,
-    /// Open the meeting point on rank 0.
+    /// Open the meeting point on rank 0. A group of one rank needs none and does not join.
     OpenRendezvous,
-    /// Let every rank join; `rendezvous` is empty when there is one rank.
+    /// Let every rank join.
     JoinGroup { rendezvous: Vec<u8> },
     /// Measure the held-out text on every rank.
     Evaluate,

@@ -117,16 +117,12 @@ impl Transition<'_> {
             self.run.phase = Phase::OpeningRendezvous;
             self.effects.push(Effect::OpenRendezvous);
         } else {
-            self.join(Vec::new());
+            self.begin();
         }
     }
 
     fn rendezvous_opened(&mut self, rendezvous: Vec<u8>) {
         let Phase::OpeningRendezvous = self.run.phase else { return self.refuse("a rendezvous", 0) };
-        self.join(rendezvous);
-    }
-
-    fn join(&mut self, rendezvous: Vec<u8>) {
         self.run.phase = Phase::Joining { joined: Gather::new(self.run.tp_degree()) };
         self.effects.push(Effect::JoinGroup { rendezvous });
     }
@@ -138,9 +134,13 @@ impl Transition<'_> {
         let Phase::Joining { joined } = &mut self.run.phase else {
             return self.refuse("an answer to JoinGroup", tp_rank);
         };
-        if joined.put(tp_rank, ()).is_none() {
-            return;
+        if joined.put(tp_rank, ()).is_some() {
+            self.begin();
         }
+    }
+
+    /// The shards are loaded and the group stands.
+    fn begin(&mut self) {
         let message = match (self.run.setup.recipe().steps, self.run.setup.target().is_some()) {
             (0, _) => "measures the model as it is".to_owned(),
             (steps, true) => {

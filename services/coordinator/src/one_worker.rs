@@ -55,8 +55,7 @@ pub(crate) async fn evaluate(
                 () = given_up.cancelled() => break Err(Failure::new(Reason::Aborted, "the caller went away")),
             };
             match event {
-                Event::Loaded { .. } => calls.join_group(Vec::new()),
-                Event::Joined { .. } => calls.evaluate(),
+                Event::Loaded { .. } => calls.evaluate(),
                 Event::Evaluated { negative_log_likelihood, predicted_tokens, duration, .. } => {
                     break Ok(Evaluation {
                         label: "exported".to_owned(),
@@ -74,6 +73,7 @@ pub(crate) async fn evaluate(
                 Event::WorkersShort { .. }
                 | Event::WorkersAssigned { .. }
                 | Event::RendezvousOpened { .. }
+                | Event::Joined { .. }
                 | Event::Scores { .. }
                 | Event::StepEnded { .. }
                 | Event::TrainEnded { .. }

@@ -1,1 +1,267 @@
+//! A coordinator and workers in one process, talking over loopback as they do in a cluster, with the toy engine.
 
+use coordinator::CoordinatorConfig;
+use engine::Engine;
+use engine::toy::ToyEngine;
+use service_kit::{ListenArgs, RootArgs};
+use std::future::Future;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+use tempfile::TempDir;
+use tokio::runtime::Runtime;
+use tokio::task::JoinHandle;
+use tokio_stream::StreamExt;
+use tokio_util::sync::CancellationToken;
+use wire::client::{RegistryClient, RunClient, lazy_channel, registry_client, run_client};
+use wire::pb;
+use worker::WorkerConfig;
+
+/// Longest that any single wait of a test may take.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Lease of the workers.
+pub const LEASE_SECONDS: u64 = 2;
+
+/// A coordinator with its folders, and the workers that were added.
+pub struct Cluster {
+    /// A root that models, data and outputs may lie below.
+    pub root: TempDir,
+    address: SocketAddr,
+    shutdown: CancellationToken,
+    serving: JoinHandle<Result<(), String>>,
+    workers: Vec<Worker>,
+}
+
+/// A worker on a runtime of its own, so that it can die like a process.
+struct Worker {
+    id: String,
+    runtime: Option<Runtime>,
+    stop: CancellationToken,
+}
+
+/// The repository's test files.
+#[must_use]
+pub fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures").canonicalize().expect("the fixtures are there")
+}
+
+/// The toy engine for the model of [`Cluster::spec`].
+#[must_use]
+pub fn toy() -> ToyEngine {
+    let folder = checkpoint::ModelFolder::open(&fixtures().join("models/gqa")).expect("a good model folder");
+    ToyEngine::new(folder.spec().clone())
+}
+
+/// Waits for `outcome`, but not for ever.
+pub async fn in_time<T>(what: &str, outcome: impl Future<Output = T>) -> T {
+    match tokio::time::timeout(PATIENCE, outcome).await {
+        Ok(outcome) => outcome,
+        Err(_) => panic!("{what} took longer than {PATIENCE:?}"),
+    }
+}
+
+impl Cluster {
+    /// A coordinator without workers.
+    pub async fn start() -> Self {
+        Self::start_with(|_| {}).await
+    }
+
+    /// A coordinator without workers, its configuration changed.
+    pub async fn start_with(change: impl FnOnce(&mut CoordinatorConfig)) -> Self {
+        let root = tempfile::tempdir().expect("a temporary folder");
+        let loopback = SocketAddr::from(([127, 0, 0, 1], 0));
+        let listener = ListenArgs::default().bind(loopback).await.expect("a free port");
+        let address = listener.address();
+        let mut config = CoordinatorConfig {
+            roots: RootArgs { roots: vec![root.path().to_owned(), fixtures()] },
+            data_dir: root.path().join("data"),
+            checkpoint_dir: None,
+            lease_seconds: LEASE_SECONDS,
+            step_deadline_seconds: 30,
+        };
+        change(&mut config);
+        let shutdown = CancellationToken::new();
+        let stop = shutdown.clone();
+        let serving = tokio::spawn(async move {
+            coordinator::serve(config, listener, stop).await.map_err(|error| format!("{error:#}"))
+        });
+        Self { root, address, shutdown, serving, workers: Vec::new() }
+    }
+
+    /// Starts workers `w0`, `w1`, … with one engine and waits until all are registered.
+    pub async fn add_workers(&mut self, count: usize, engine: &Arc<dyn Engine>) {
+        for _ in 0..count {
+            let id = format!("w{}", self.workers.len());
+            self.add_worker(&id, engine.clone()).await;
+        }
+    }
+
+    /// Starts a worker and waits until it is registered.
+    pub async fn add_worker(&mut self, id: &str, engine: Arc<dyn Engine>) {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .expect("a runtime");
+        let stop = CancellationToken::new();
+        let config = WorkerConfig {
+            listen: ListenArgs::default(),
+            coordinator: Some(self.endpoint()),
+            advertise: None,
+            data_host: None,
+            id: id.to_owned(),
+            device: "cpu".to_owned(),
+            threads: 1,
+            roots: RootArgs { roots: vec![self.root.path().to_owned(), fixtures()] },
+            collective_timeout: Duration::from_secs(20),
+            register_timeout: Duration::from_secs(20),
+        };
+        runtime.spawn(worker::run(config, engine, stop.clone()));
+        self.workers.push(Worker { id: id.to_owned(), runtime: Some(runtime), stop });
+        self.until_workers(&format!("worker {id} to register"), |workers| {
+            workers.iter().any(|worker| worker.info.as_ref().is_some_and(|info| info.id == id))
+        })
+        .await;
+    }
+
+    /// Kills a worker without a word: its sockets close, its tasks vanish.
+    pub fn kill(&mut self, id: &str) {
+        let worker = self.workers.iter_mut().find(|worker| worker.id == id).expect("a worker of that id");
+        worker.runtime.take().expect("a living worker").shutdown_background();
+    }
+
+    /// Tells a worker to stop, as SIGTERM does.
+    pub fn stop(&self, id: &str) {
+        self.workers.iter().find(|worker| worker.id == id).expect("a worker of that id").stop.cancel();
+    }
+
+    /// URL of the coordinator.
+    #[must_use]
+    pub fn endpoint(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    #[must_use]
+    pub fn runs(&self) -> RunClient {
+        run_client(lazy_channel(&self.endpoint()).expect("a good URL"))
+    }
+
+    #[must_use]
+    pub fn registry(&self) -> RegistryClient {
+        registry_client(lazy_channel(&self.endpoint()).expect("a good URL"))
+    }
+
+    /// Waits until the list of workers is as wanted.
+    pub async fn until_workers(&self, what: &str, wanted: impl Fn(&[pb::Worker]) -> bool) {
+        let mut registry = self.registry();
+        in_time(what, async {
+            loop {
+                let listed = registry.list_workers(pb::ListWorkersRequest {}).await;
+                if listed.is_ok_and(|listed| wanted(&listed.get_ref().workers)) {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        })
+        .await;
+    }
+
+    /// A run over the fixture model `gqa`: 8 steps, decisions after steps 2, 4 and 6, measured and exported to `out`.
+    #[must_use]
+    pub fn spec(&self, tp_degree: u32, out: &str) -> pb::RunSpec {
+        let text = |name: &str| pb::TextSource {
+            path: fixtures().join("text").join(name).to_string_lossy().into_owned(),
+            ..Default::default()
+        };
+        pb::RunSpec {
+            model: fixtures().join("models/gqa").to_string_lossy().into_owned(),
+            training_data: vec![text("tiny.txt")],
+            recipe: Some(pb::Recipe {
+                steps: Some(8),
+                batch: Some(pb::Batch { window_tokens: Some(16), rows: Some(2), micro_batches: Some(1) }),
+                pruning: Some(pb::Pruning {
+                    ramp: Some(pb::Ramp { warmup: Some(0.1), cooldown: Some(0.2), every: Some(2) }),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+            tp_degree: Some(tp_degree),
+            evaluation: Some(pb::EvaluationSpec {
+                sources: vec![text("held_out.txt")],
+                window_tokens: Some(32),
+                ..Default::default()
+            }),
+            export: Some(pb::ExportSpec { path: self.path(out), ..Default::default() }),
+            display_name: String::new(),
+        }
+    }
+
+    /// A path below the root.
+    #[must_use]
+    pub fn path(&self, name: &str) -> String {
+        self.root.path().join(name).to_string_lossy().into_owned()
+    }
+
+    /// Creates a run, which must be accepted.
+    pub async fn create(&self, spec: pb::RunSpec) -> pb::Run {
+        let request = pb::CreateRunRequest { spec: Some(spec), ..Default::default() };
+        match in_time("CreateRun", self.runs().create_run(request)).await {
+            Ok(created) => created.into_inner().run.expect("a run"),
+            Err(status) => panic!("{}", wire::status::describe(&status)),
+        }
+    }
+
+    pub async fn get(&self, id: &str) -> pb::Run {
+        let got = in_time("GetRun", self.runs().get_run(pb::GetRunRequest { id: id.to_owned() })).await;
+        got.expect("a run of that id").into_inner().run.expect("a run")
+    }
+
+    /// All events past `after_revision` up to the run's end.
+    pub async fn watch(&self, id: &str, after_revision: u64) -> Vec<pb::RunEvent> {
+        let request = pb::WatchRunRequest { id: id.to_owned(), after_revision };
+        let events = self.runs().watch_run(request).await.expect("a run of that id").into_inner();
+        let all = events.map(|event| event.expect("an unbroken stream").event.expect("an event")).collect();
+        in_time("the run", all).await
+    }
+
+    /// The run once it has ended.
+    pub async fn ended(&self, id: &str) -> pb::Run {
+        self.watch(id, 0).await;
+        self.get(id).await
+    }
+
+    /// Waits until a run shows what is wanted.
+    pub async fn until(&self, id: &str, what: &str, wanted: impl Fn(&pb::Run) -> bool) -> pb::Run {
+        in_time(what, async {
+            loop {
+                let run = self.get(id).await;
+                if wanted(&run) {
+                    return run;
+                }
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        })
+        .await
+    }
+
+    /// Tells the coordinator to stop, as SIGTERM does, and waits for its end.
+    pub async fn shut_down(mut self) -> Result<(), String> {
+        self.shutdown.cancel();
+        let ended = tokio::time::timeout(PATIENCE, &mut self.serving).await;
+        ended.map_err(|_| "the coordinator did not end".to_owned())?.map_err(|error| error.to_string())?
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        self.shutdown.cancel();
+        for worker in &mut self.workers {
+            worker.stop.cancel();
+            if let Some(runtime) = worker.runtime.take() {
+                runtime.shutdown_background();
+            }
+        }
+    }
+}
