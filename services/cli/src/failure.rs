@@ -63,6 +63,15 @@ impl From<anyhow::Error> for Failure {
     }
 }
 
+impl From<wire::client::ConnectError> for Failure {
+    fn from(error: wire::client::ConnectError) -> Self {
+        match error {
+            wire::client::ConnectError::BadUrl { .. } => Self::BadInput(error.into()),
+            wire::client::ConnectError::Unreachable { .. } => Self::Failed(error.into()),
+        }
+    }
+}
+
 /// Marks an error as the caller's to repair.
 pub(crate) trait OrBadInput<T> {
     /// # Errors

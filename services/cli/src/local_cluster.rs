@@ -13,7 +13,7 @@ use tokio::process::Command;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
-use wire::client::{RunClient, connected_channel, registry_client, run_client, within};
+use wire::client::{RunClient, connected_channel, lazy_channel, registry_client, run_client, within};
 use wire::{limits, pb};
 
 /// How long workers may take to load their libraries and register.
@@ -45,58 +45,76 @@ pub(crate) struct ClusterOptions {
 #[derive(Debug)]
 pub(crate) struct LocalCluster {
     pub client: RunClient,
+    url: String,
     workers: Vec<Worker>,
     coordinator: JoinHandle<anyhow::Result<()>>,
     shutdown: CancellationToken,
 }
 
 impl LocalCluster {
-    /// Starts a coordinator and its workers and waits until all have registered.
+    /// Starts the coordinator alone: enough to check a run.
     ///
     /// # Errors
-    /// When there is no worker binary, or a worker ends or does not register in time: with the end of its log.
+    /// When it cannot be started.
     pub(crate) async fn start(options: &ClusterOptions) -> Result<Self, Failure> {
-        let binary = if options.worker_count > 0 { Some(worker_binary().or_bad_input()?) } else { None };
         let shutdown = CancellationToken::new();
         let listener =
             service_kit::ListenArgs::default().bind(LOOPBACK).await.context("failed to open a local port")?;
         let url = format!("http://{}", listener.address());
         let coordinator = tokio::spawn(coordinator::serve(config(options), listener, shutdown.clone()));
-        // From here on a drop ends everything: the guard stops the coordinator, each worker kills its process.
-        let guard = shutdown.clone().drop_guard();
-        let mut workers = Vec::new();
+        let mut cluster =
+            Self { client: run_client(lazy_channel(&url)?), url, workers: Vec::new(), coordinator, shutdown };
+        cluster.wait_until_it_answers().await?;
+        Ok(cluster)
+    }
+
+    async fn wait_until_it_answers(&mut self) -> Result<(), Failure> {
+        if let Err(error) = connected_channel(&self.url).await {
+            // It has ended at once: its own words are better.
+            if self.coordinator.is_finished()
+                && let Ok(Err(cause)) = (&mut self.coordinator).await
+            {
+                return Err(cause.context("the coordinator of this command cannot start").into());
+            }
+            return Err(anyhow::Error::new(error)
+                .context("the coordinator of this command does not answer")
+                .into());
+        }
+        Ok(())
+    }
+
+    /// Starts the workers and waits until all have registered.
+    ///
+    /// # Errors
+    /// When there is no worker binary, or a worker ends or does not register in time: with the end of its log.
+    pub(crate) async fn start_workers(&mut self, options: &ClusterOptions) -> Result<(), Failure> {
+        let binary = worker_binary().or_bad_input()?;
         for index in 0..options.worker_count {
             let id = format!("worker-{index}");
             let log = options.logs.join(format!("{id}.log"));
-            let Some(binary) = &binary else { break };
-            workers.push(Worker::start(id.clone(), worker_command(binary, &id, &url, options), log)?);
+            let command = worker_command(&binary, &id, &self.url, options);
+            self.workers.push(Worker::start(id, command, log)?);
         }
-        let channel =
-            connected_channel(&url).await.context("the coordinator of this command does not answer")?;
-        let mut registry = registry_client(channel.clone());
+        let mut registry = registry_client(lazy_channel(&self.url)?);
         let deadline = Instant::now() + REGISTER_DEADLINE;
         loop {
-            if let Some(failure) = ended_worker(&mut workers) {
+            if let Some(failure) = ended_worker(&mut self.workers) {
                 return Err(failure);
             }
             let request = within(limits::QUICK_CALL, pb::ListWorkersRequest {});
             let listed = registry.list_workers(request).await.map_err(|status| {
                 from_status("failed to ask the local coordinator for its workers", &status)
             })?;
-            if listed.into_inner().workers.len() >= workers.len() {
-                break;
+            if listed.into_inner().workers.len() >= self.workers.len() {
+                return Ok(());
             }
             if Instant::now() >= deadline {
-                let tails: Vec<String> =
-                    workers.iter().map(|worker| log_tail(&worker.log, TAIL_LINES)).collect();
                 let message =
                     format!("the workers did not register within {} s", REGISTER_DEADLINE.as_secs());
-                return Err(Failure::failed(message).with_note(&tails.join("\n")));
+                return Err(Failure::failed(message).with_note(&self.log_tails()));
             }
             sleep(POLL).await;
         }
-        guard.disarm();
-        Ok(Self { client: run_client(channel), workers, coordinator, shutdown })
     }
 
     /// Returns when a worker process has ended, with how.
@@ -181,7 +199,13 @@ fn worker_command(binary: &Path, id: &str, coordinator_url: &str, options: &Clus
         "--device",
         "cpu",
     ]);
-    command.args(["--threads", &threads.to_string(), "--exit-with-parent", "--log-format", "text"]);
+    command.args(["--threads", &threads.to_string(), "--log-format", "text"]);
+    command.arg(format!("--exit-with-parent={}", std::process::id()));
+    // What a worker of a cluster may be told by its environment does not hold for ours.
+    for (name, _) in std::env::vars_os().filter(|(name, _)| name.as_encoded_bytes().starts_with(b"ESPALIER_"))
+    {
+        command.env_remove(name);
+    }
     for root in &options.roots {
         command.arg("--root").arg(root);
     }

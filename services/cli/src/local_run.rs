@@ -44,11 +44,17 @@ pub(crate) async fn run_locally(
     progress: &mut Progress,
     mut each: impl FnMut(&pb::RunEvent) -> Result<(), Failure>,
 ) -> Result<LocalRun, Failure> {
+    let mut cluster = LocalCluster::start(options).await?;
+    // A run that cannot be is refused before any worker is started.
+    create(&mut cluster.client, spec.clone(), true).await?;
     progress.phase("starting the workers");
-    let mut cluster = tokio::select! {
-        started = LocalCluster::start(options) => started?,
-        () = interrupts.reach(1) => return Err(Failure::Interrupted("nothing was started".into())),
-    };
+    tokio::select! {
+        started = cluster.start_workers(options) => started?,
+        () = interrupts.reach(1) => {
+            cluster.kill().await;
+            return Err(Failure::Interrupted("the run was not started".into()));
+        }
+    }
     let mut insisting = interrupts.clone();
     let outcome = tokio::select! {
         outcome = drive(&mut cluster, spec, &mut interrupts, progress, &mut each) => outcome,
@@ -70,7 +76,7 @@ pub(crate) async fn run_locally(
 /// # Errors
 /// When the spec is refused.
 pub(crate) async fn plan_locally(spec: pb::RunSpec, options: &ClusterOptions) -> Result<pb::Run, Failure> {
-    let mut cluster = LocalCluster::start(&ClusterOptions { worker_count: 0, ..options.clone() }).await?;
+    let mut cluster = LocalCluster::start(options).await?;
     let result = create(&mut cluster.client, spec, true).await;
     cluster.stop().await;
     result

@@ -19,7 +19,7 @@ pub(crate) async fn run(args: &LogitsArgs) -> Result<(), Failure> {
     let mut interrupts = Interrupts::listen()?;
     let tokens =
         tempfile::NamedTempFile::with_suffix(".json").context("failed to create a file for the tokens")?;
-    let text = serde_json::to_string(&args.tokens).context("failed to write the tokens")?;
+    let text = serde_json::to_string(&[&args.tokens]).context("failed to write the tokens")?;
     std::fs::write(tokens.path(), text).context("failed to write the tokens")?;
     let mut command = Command::new(binary);
     command

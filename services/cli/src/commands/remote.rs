@@ -3,7 +3,7 @@
 use crate::args::{
     CreateArgs, EvaluateArgs, ExportArgs, ListArgs, MaskArgs, RemoteArgs, RunIdArgs, WatchArgs, WorkersArgs,
 };
-use crate::failure::{Failure, OrBadInput, from_status};
+use crate::failure::{Failure, from_status};
 use crate::follow::follow;
 use crate::out_folder::pretty;
 use crate::progress::Progress;
@@ -14,7 +14,7 @@ use service_kit::telemetry::Telemetry;
 use std::time::Duration;
 use tonic::Status;
 use tonic::transport::Channel;
-use wire::client::{ConnectError, RunClient, connected_channel, registry_client, run_client, within};
+use wire::client::{RunClient, connected_channel, registry_client, run_client, within};
 use wire::{limits, pb};
 
 /// Measuring or writing a large model takes its time; the coordinator ends what hangs.
@@ -24,11 +24,7 @@ const PAGE: u32 = 1000;
 
 async fn connect(remote: &RemoteArgs) -> Result<(Channel, Telemetry), Failure> {
     let telemetry = telemetry::to_stderr()?;
-    match connected_channel(&remote.coordinator).await {
-        Ok(channel) => Ok((channel, telemetry)),
-        Err(error @ ConnectError::BadUrl { .. }) => Err(error).or_bad_input(),
-        Err(error @ ConnectError::Unreachable { .. }) => Err(Failure::Failed(error.into())),
-    }
+    Ok((connected_channel(&remote.coordinator).await?, telemetry))
 }
 
 /// Prints the answer as JSON, or as `table` puts it.
