@@ -135,3 +135,28 @@ fn a_damaged_manifest_is_refused() {
         assert!(error.to_string().contains(expected), "{error}");
     }
 }
+
+#[test]
+fn no_cut_and_no_changed_byte_of_a_header_panics() {
+    let place = tempfile::tempdir().unwrap();
+    let path = place.path().join("state.safetensors");
+    let tensor = TensorRef { name: "m", dtype: Dtype::F32, shape: &[2, 3], bytes: &[7; 24] };
+    let other = TensorRef { name: "v", dtype: Dtype::F16, shape: &[2], bytes: &[7; 4] };
+    write_tensors(&path, &[tensor, other], &BTreeMap::from([("step".to_owned(), "12".to_owned())])).unwrap();
+    let good = fs::read(&path).unwrap();
+    for length in 0..good.len() {
+        fs::write(&path, &good[..length]).unwrap();
+        assert!(read_tensors(&path, None).is_err(), "cut at {length}");
+    }
+    for position in 0..good.len() - 28 {
+        for change in [0x01, 0x10, 0x80, 0xff] {
+            let mut bytes = good.clone();
+            bytes[position] ^= change;
+            fs::write(&path, &bytes).unwrap();
+            if let Ok(file) = read_tensors(&path, None) {
+                let byte_count: usize = file.tensors.values().map(|tensor| tensor.bytes.len()).sum();
+                assert!(byte_count <= 28, "{change:#x} at {position}");
+            }
+        }
+    }
+}
