@@ -1,0 +1,5 @@
+//! The repository holds to its own rules: layers, pure domain crates, lints, and documents that agree with the code.
+
+mod documents;
+mod layers;
+mod sources;
