@@ -11,7 +11,8 @@ pub struct CoordinatorConfig {
     /// Folder for what the coordinator keeps: the runs' events
     #[arg(long, env = "ESPALIER_DATA_DIR", value_name = "DIR")]
     pub data_dir: PathBuf,
-    /// Folder for the runs' checkpoints, at the same path on all workers [default: DATA_DIR/checkpoints]
+    /// Folder for the runs' checkpoints, below a root and at the same path on all workers
+    /// [default: DATA_DIR/checkpoints]
     #[arg(long, env = "ESPALIER_CHECKPOINT_DIR", value_name = "DIR")]
     pub checkpoint_dir: Option<PathBuf>,
     /// How long a worker stays registered without renewing its lease

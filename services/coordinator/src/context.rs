@@ -36,12 +36,17 @@ impl Context {
             std::fs::create_dir_all(&path).with_context(at)?;
             path.canonicalize().with_context(at)
         };
+        let checkpoint_dir = folder(config.checkpoint_dir(), "--checkpoint-dir")?;
+        // Workers write there and look at their own roots; better said now than after the last step.
+        roots.output(&checkpoint_dir).context(
+            "workers could not write the runs' checkpoints; pass --checkpoint-dir DIR below one of the --root folders",
+        )?;
         Ok(Arc::new(Self {
             book: RunBook::default(),
             registry: Registry::new(config.lease()),
             roots,
             data_dir: folder(config.data_dir.clone(), "--data-dir")?,
-            checkpoint_dir: folder(config.checkpoint_dir(), "--checkpoint-dir")?,
+            checkpoint_dir,
             deadlines: config.deadlines(),
             tasks: TaskTracker::new(),
             stopping: CancellationToken::new(),

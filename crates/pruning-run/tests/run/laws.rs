@@ -128,10 +128,12 @@ proptest! {
             log.extend(effects);
             run = next;
         }
-        let records: Vec<_> = log.into_iter().filter_map(|effect| match effect {
-            pruning_run::Effect::Record(event) => Some(event),
-            _ => None,
-        }).collect();
+        let mut records = Vec::new();
+        for effect in log {
+            if let pruning_run::Effect::Record(event) = effect {
+                records.push(event);
+            }
+        }
         prop_assert_eq!(records, world.log);
     }
 

@@ -12,10 +12,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use wire::pb::RunState;
 
-/// The toy engine with one step's outcome changed.
-struct Tampered(fn(u64, &mut StepOutcome));
+/// Changes a step's outcome.
+type Tamper = fn(u64, &mut StepOutcome);
 
-struct TamperedShard(Box<dyn ShardEngine>, fn(u64, &mut StepOutcome));
+/// The toy engine with one step's outcome changed.
+struct Tampered(Tamper);
+
+struct TamperedShard(Box<dyn ShardEngine>, Tamper);
 
 impl Engine for Tampered {
     fn load(&self, setup: ShardSetup) -> Result<Box<dyn ShardEngine>, EngineError> {
