@@ -15,10 +15,27 @@ fn main() {
         .std("c++17")
         .warnings(false)
         .debug(false)
+        .opt_level(2)
         .define("USE_C10D_GLOO", None)
         .include("shim/gloo_decls")
         .include(include.join("torch/csrc/api/include"))
         .include(&include)
-        .files(["shim/collective.cpp", "shim/ops.cpp"])
+        .files(["shim/collective.cpp", "shim/ops.cpp", "shim/fused.cpp"])
         .compile("espalier_shim");
+    // One build of the loops for each level of instructions; NaN and infinity keep their meaning in all of them.
+    for (level, flags) in [
+        ("baseline", [].as_slice()),
+        ("avx2", ["-march=x86-64-v3"].as_slice()),
+        ("avx512", ["-march=x86-64-v4", "-mprefer-vector-width=512"].as_slice()),
+    ] {
+        let mut build = cc::Build::new();
+        build.cpp(true).std("c++17").opt_level(3).debug(false).define("LEVEL", level).file("shim/kernels.cpp");
+        for flag in ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"] {
+            build.flag(flag);
+        }
+        for flag in flags {
+            build.flag(flag);
+        }
+        build.compile(&format!("espalier_kernels_{level}"));
+    }
 }

@@ -2,6 +2,7 @@
 //! neither on the tensor-parallel degree nor on what has been pruned, and need not be stored for the backward pass.
 
 use crate::fault::Result;
+use crate::ops;
 use tch::{Kind, Tensor};
 
 /// Inputs of low-rank paths that have a mask of their own.
@@ -42,12 +43,25 @@ impl Dropout {
         if self.probability == 0.0 {
             return Ok(x.shallow_clone());
         }
+        if ops::fused_takes(x) {
+            let threshold = self.threshold() as u64;
+            let scale = 1.0 / (1.0 - self.probability);
+            let x = x.f_contiguous()?;
+            return ops::fused_dropout(
+                &x,
+                features,
+                self.key(layer, site),
+                first_token as u32,
+                threshold,
+                scale,
+            );
+        }
         let keep = self.keep_mask(layer, site, first_token, x.size()[0], features)?;
         Ok(x.f_mul(&keep.f_to_kind(x.kind())?)?.f_mul_scalar_(1.0 / (1.0 - self.probability))?)
     }
 
     /// Boolean `[tokens, width]`: `mix(mix(key ^ token) + feature) >= probability * 2^32`.
-    fn keep_mask(
+    pub(crate) fn keep_mask(
         &self,
         layer: usize,
         site: DropoutSite,
@@ -60,8 +74,11 @@ impl Dropout {
         let tokens = Tensor::f_arange_start(first_token, first_token + tokens, options)?;
         let rows = mix(&tokens.f_bitwise_xor(i64::from(key))?)?.f_unsqueeze(1)?;
         let hashed = mix(&rows.f_add(&features.f_mul_scalar(0x9E37_79B1)?)?.f_bitwise_and(LOW_32)?)?;
-        let threshold = (self.probability * (LOW_32 as f64 + 1.0)).round() as i64;
-        Ok(hashed.f_ge(threshold)?)
+        Ok(hashed.f_ge(self.threshold())?)
+    }
+
+    fn threshold(&self) -> i64 {
+        (self.probability * (LOW_32 as f64 + 1.0)).round() as i64
     }
 
     fn key(&self, layer: usize, site: DropoutSite) -> u32 {

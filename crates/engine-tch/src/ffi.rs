@@ -46,6 +46,52 @@ unsafe extern "C" {
         weight_decay: f64,
         eps: f64,
     ) -> *mut c_char;
+    pub(crate) fn esp_rms_norm(
+        x: *mut c_void,
+        weight: *mut c_void,
+        eps: f64,
+        rstd: *mut c_void,
+        y: *mut c_void,
+    ) -> *mut c_char;
+    pub(crate) fn esp_rms_norm_apply(
+        x: *mut c_void,
+        rstd: *mut c_void,
+        weight: *mut c_void,
+        y: *mut c_void,
+    ) -> *mut c_char;
+    pub(crate) fn esp_rms_norm_backward_add(
+        grad_x: *mut c_void,
+        grad_y: *mut c_void,
+        x: *mut c_void,
+        rstd: *mut c_void,
+        weight: *mut c_void,
+    ) -> *mut c_char;
+    pub(crate) fn esp_rotate(
+        x: *mut c_void,
+        y: *mut c_void,
+        cos: *mut c_void,
+        sin: *mut c_void,
+        sign: f64,
+        heads: i64,
+    ) -> *mut c_char;
+    pub(crate) fn esp_swiglu(gate_up: *mut c_void, act: *mut c_void) -> *mut c_char;
+    pub(crate) fn esp_swiglu_backward(
+        grad_act: *mut c_void,
+        gate_up: *mut c_void,
+        grad_gate_up: *mut c_void,
+    ) -> *mut c_char;
+    pub(crate) fn esp_row_max(x: *mut c_void, highest: *mut c_void) -> *mut c_char;
+    pub(crate) fn esp_exp_sum(x: *mut c_void, highest: *mut c_void, sum: *mut c_void) -> *mut c_char;
+    pub(crate) fn esp_scale_rows(x: *mut c_void, sum: *mut c_void, scale: f64) -> *mut c_char;
+    pub(crate) fn esp_dropout(
+        x: *mut c_void,
+        y: *mut c_void,
+        features: *mut c_void,
+        key: u32,
+        first_token: u32,
+        threshold: u64,
+        scale: f64,
+    ) -> *mut c_char;
 }
 
 /// Turns the shim's message, null for success, into a result.

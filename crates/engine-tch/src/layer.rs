@@ -217,17 +217,18 @@ impl LayerShard {
         with_output: bool,
     ) -> Result<(Tensor, Activations)> {
         let (rows, tokens, width) = (pass.rows, pass.tokens, pass.head_dim);
-        let rstd_1 = ops::rms_norm_rstd(&x, pass.norm_eps)?;
+        let (rstd_1, normed) = ops::rms_norm(&x, &self.input_norm, pass.norm_eps)?;
         let (q, k, v, low_qkv) = {
-            let normed = ops::rms_norm_apply(&x, &rstd_1, &self.input_norm)?;
             let widths = self.qkv_widths(width);
             let (qkv, low) = self.adapted_qkv(layer, &widths, pass).forward(&normed, pass)?;
-            let part = |column: i64, heads: i64| -> Result<Tensor> {
-                Ok(qkv.f_narrow(1, column, heads * width)?.f_view([rows, tokens, heads, width])?)
-            };
-            let q = pass.rotary.rotate(&part(0, self.query_heads)?)?;
-            let k = pass.rotary.rotate(&part(widths[0], self.kv_heads)?)?;
-            let v = part(widths[0] + widths[1], self.kv_heads)?.f_contiguous()?;
+            drop(normed);
+            let part = |column: i64, heads: i64| qkv.f_narrow(1, column, heads * width);
+            let shaped = |x: Tensor, heads: i64| x.f_view([rows, tokens, heads, width]);
+            let q =
+                shaped(pass.rotary.rotate(&part(0, self.query_heads)?, self.query_heads)?, self.query_heads)?;
+            let k =
+                shaped(pass.rotary.rotate(&part(widths[0], self.kv_heads)?, self.kv_heads)?, self.kv_heads)?;
+            let v = shaped(part(widths[0] + widths[1], self.kv_heads)?.f_contiguous()?, self.kv_heads)?;
             (q, k, v, low)
         };
         let attended = if self.query_heads > 0 { Some(ops::attention(&q, &k, &v)?) } else { None };
@@ -236,11 +237,10 @@ impl LayerShard {
         communicator.all_reduce_sum(&mut attention_out)?;
         let x_mid = attention_out.f_add_(&x)?;
 
-        let rstd_2 = ops::rms_norm_rstd(&x_mid, pass.norm_eps)?;
-        let (gate_up, low_gate_up) = {
-            let normed = ops::rms_norm_apply(&x_mid, &rstd_2, &self.post_attention_norm)?;
-            self.adapted_gate_up(layer, &[self.channels; 2], pass).forward(&normed, pass)?
-        };
+        let (rstd_2, normed) = ops::rms_norm(&x_mid, &self.post_attention_norm, pass.norm_eps)?;
+        let (gate_up, low_gate_up) =
+            self.adapted_gate_up(layer, &[self.channels; 2], pass).forward(&normed, pass)?;
+        drop(normed);
         let act = self.act(&gate_up)?;
         let (out, low_down) = self.adapted_down(layer, &[x.size()[1]]).forward(&act, pass)?;
         let out = if with_output {
@@ -346,8 +346,8 @@ impl LayerShard {
                 let flat = |grad: &Tensor| grad.f_reshape([tokens, -1]);
                 Tensor::f_cat(
                     &[
-                        flat(&pass.rotary.rotate_back(&grad_q)?)?,
-                        flat(&pass.rotary.rotate_back(&grad_k)?)?,
+                        pass.rotary.rotate_back(&flat(&grad_q)?, self.query_heads)?,
+                        pass.rotary.rotate_back(&flat(&grad_k)?, self.kv_heads)?,
                         flat(&grad_v)?,
                     ],
                     1,

@@ -3,6 +3,7 @@
 
 use crate::communicator::{Communicator, ReduceOp};
 use crate::fault::Result;
+use crate::ops;
 use std::ops::Range;
 use tch::{Kind, Tensor};
 
@@ -43,14 +44,11 @@ impl VocabularyHead<'_> {
                 logits = logits.f_to_kind(Kind::Float)?;
             }
             let (local, is_local) = self.localise(&targets.f_narrow(0, start, len)?)?;
-            let mut highest = logits.f_amax([1i64], true)?;
+            let mut highest = ops::row_max(&logits)?;
             communicator.all_reduce(&mut highest, ReduceOp::Max)?;
-            let target_logit = logits
-                .f_gather(1, &local, false)?
-                .f_sub_(&highest)?
-                .f_mul_(&is_local.f_to_kind(logits.kind())?)?;
-            let mut likelihoods = logits.f_sub_(&highest)?.f_exp_()?;
-            let sum = likelihoods.f_sum_dim_intlist(&[1i64][..], true, None)?;
+            let target_logit = logits.f_gather(1, &local, false)?.f_sub_(&highest)?;
+            let target_logit = target_logit.f_mul(&is_local.f_to_kind(logits.kind())?)?;
+            let sum = ops::exp_sum(&mut logits, &highest)?;
             let mut sums = Tensor::f_cat(&[&sum, &target_logit], 1)?;
             communicator.all_reduce_sum(&mut sums)?;
             let (sum, target_logit) = (sums.f_narrow(1, 0, 1)?, sums.f_narrow(1, 1, 1)?);
@@ -58,10 +56,9 @@ impl VocabularyHead<'_> {
             total += nll.f_double_value(&[])?;
             if let (Some(scale), Some(grad)) = (grad_scale, &mut grad) {
                 // d(nll)/d(logits) = softmax - one_hot(target)
-                let _ = likelihoods.f_div_(&sum)?;
-                let ones = is_local.f_to_kind(likelihoods.kind())?.f_neg()?;
-                let _ = likelihoods.f_scatter_add_(1, &local, &ones)?;
-                let likelihoods = likelihoods.f_mul_scalar_(scale)?.f_to_kind(hidden.kind())?;
+                ops::scale_rows(&mut logits, &sum.f_contiguous()?, scale)?;
+                let one_hot = is_local.f_to_kind(logits.kind())?.f_mul_scalar_(-scale)?;
+                let likelihoods = logits.f_scatter_add_(1, &local, &one_hot)?.f_to_kind(hidden.kind())?;
                 let rows = grad.f_narrow(0, start, len)?;
                 let _ = likelihoods.f_mm_out(&rows, &weight)?;
             }

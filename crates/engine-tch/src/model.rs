@@ -129,8 +129,7 @@ impl Model {
         let pass = self.pass(&rows, adapters, first_token)?;
         let (hidden, saved) =
             self.run_layers(&rows, &pass, training.is_some().then_some(recompute), communicator)?;
-        let rstd = ops::rms_norm_rstd(&hidden, self.norm_eps)?;
-        let normed = ops::rms_norm_apply(&hidden, &rstd, &self.final_norm)?;
+        let (rstd, normed) = ops::rms_norm(&hidden, &self.final_norm, self.norm_eps)?;
         let wanted = normed.f_index_select(0, &rows.positions)?;
         drop(normed);
         let scale = training.as_ref().map(|training| training.loss_scale);
@@ -159,8 +158,7 @@ impl Model {
         self.prepare_rotary(rows.tokens)?;
         let pass = self.pass(&rows, adapters, 0)?;
         let (hidden, _) = self.run_layers(&rows, &pass, None, communicator)?;
-        let rstd = ops::rms_norm_rstd(&hidden, self.norm_eps)?;
-        self.head().logits(&ops::rms_norm_apply(&hidden, &rstd, &self.final_norm)?)
+        self.head().logits(&ops::rms_norm(&hidden, &self.final_norm, self.norm_eps)?.1)
     }
 
     fn run_layers(

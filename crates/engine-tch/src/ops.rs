@@ -1,10 +1,17 @@
-//! Element-wise pieces of the block, each forward with its backward, composed of libtorch operators.
+//! Pieces of the block, each forward with its backward: fused kernels on the CPU, compositions of libtorch operators
+//! elsewhere.
 //!
 //! Shapes: n tokens of all rows · d hidden · t tokens of a row · h query heads · g key/value heads · k head_dim ·
 //! i channels. Everything on this rank.
 
+mod fused;
+pub(crate) mod plain;
+
 use crate::fault::Result;
 use tch::{Kind, Tensor};
+
+pub(crate) use fused::dropout as fused_dropout;
+pub(crate) use fused::takes as fused_takes;
 
 /// Root mean square norm (arXiv:1910.07467) as `transformers` computes it.
 ///
@@ -12,14 +19,21 @@ use tch::{Kind, Tensor};
 /// rstd = 1 / sqrt(mean(x^2) + eps)     y = x * rstd * weight
 /// ```
 ///
-/// Returns `rstd` `[n, 1]`; [`rms_norm_apply`] makes `y` from it, again when the backward pass needs it.
-pub(crate) fn rms_norm_rstd(x_nd: &Tensor, eps: f64) -> Result<Tensor> {
-    let mean_square = x_nd.f_square()?.f_mean_dim(&[-1i64][..], true, None)?;
-    Ok(mean_square.f_add_scalar(eps)?.f_rsqrt()?)
+/// Returns `rstd` `[n, 1]` and `y`; [`rms_norm_apply`] makes `y` again when the backward pass needs it.
+pub(crate) fn rms_norm(x_nd: &Tensor, weight_d: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
+    if fused::takes(x_nd) {
+        fused::rms_norm(x_nd, weight_d, eps)
+    } else {
+        plain::rms_norm(x_nd, weight_d, eps)
+    }
 }
 
 pub(crate) fn rms_norm_apply(x_nd: &Tensor, rstd_n1: &Tensor, weight_d: &Tensor) -> Result<Tensor> {
-    Ok(x_nd.f_mul(rstd_n1)?.f_mul_(weight_d)?)
+    if fused::takes(x_nd) {
+        fused::rms_norm_apply(x_nd, rstd_n1, weight_d)
+    } else {
+        plain::rms_norm_apply(x_nd, rstd_n1, weight_d)
+    }
 }
 
 /// Adds the norm's input gradient to `grad_x_nd`. The weight is frozen.
@@ -34,61 +48,82 @@ pub(crate) fn rms_norm_backward_add(
     rstd_n1: &Tensor,
     weight_d: &Tensor,
 ) -> Result<()> {
-    let scaled = grad_y_nd.f_mul(weight_d)?;
-    let normal = x_nd.f_mul(rstd_n1)?;
-    let along = scaled.f_mul(&normal)?.f_mean_dim(&[-1i64][..], true, None)?;
-    let grad = scaled.f_sub(&normal.f_mul(&along)?)?.f_mul_(rstd_n1)?;
-    let _ = grad_x_nd.f_add_(&grad)?;
-    Ok(())
+    if fused::takes(x_nd) {
+        fused::rms_norm_backward_add(grad_x_nd, grad_y_nd, x_nd, rstd_n1, weight_d)
+    } else {
+        plain::rms_norm_backward_add(grad_x_nd, grad_y_nd, x_nd, rstd_n1, weight_d)
+    }
 }
 
-/// Cosines and sines `[t, 1, k]` of the rotary embedding, each half repeated as `transformers` lays them out.
+/// Cosines and sines `[t, k/2]` of the rotary embedding.
 pub(crate) struct RotaryTable {
     cos: Tensor,
     sin: Tensor,
 }
 
 impl RotaryTable {
+    /// For positions `0 .. tokens`, on the device and in the format of `like`.
     pub(crate) fn new(inverse_frequencies: &[f64], tokens: i64, like: &Tensor) -> Result<Self> {
         let positions = Tensor::f_arange(tokens, (Kind::Double, tch::Device::Cpu))?;
         let frequencies = Tensor::f_from_slice(inverse_frequencies)?;
         let angles = positions.f_unsqueeze(1)?.f_mul(&frequencies.f_unsqueeze(0)?)?;
-        let angles = Tensor::f_cat(&[&angles, &angles], 1)?.f_unsqueeze(1)?;
         let place = |table: Tensor| -> Result<Tensor> {
             Ok(table.f_to_device(like.device())?.f_to_kind(like.kind())?)
         };
         Ok(Self { cos: place(angles.f_cos()?)?, sin: place(angles.f_sin()?)? })
     }
 
-    /// `x * cos + rotate_half(x) * sin` for `x` `[.., t, heads, k]`, into a new contiguous tensor.
-    pub(crate) fn rotate(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(x.f_mul(&self.cos)?.f_add_(&rotate_half(x)?.f_mul_(&self.sin)?)?)
+    /// `x` `[n, heads * k]`, columns contiguous, with every pair `(j, j + k/2)` of a head turned by its position's angle:
+    /// a new contiguous tensor.
+    pub(crate) fn rotate(&self, x: &Tensor, heads: i64) -> Result<Tensor> {
+        self.turn(x, 1.0, heads)
     }
 
     /// The transpose of [`Self::rotate`]: rotation by the opposite angle.
-    pub(crate) fn rotate_back(&self, grad: &Tensor) -> Result<Tensor> {
-        Ok(grad.f_mul(&self.cos)?.f_sub_(&rotate_half(grad)?.f_mul_(&self.sin)?)?)
+    pub(crate) fn rotate_back(&self, grad: &Tensor, heads: i64) -> Result<Tensor> {
+        self.turn(grad, -1.0, heads)
     }
-}
 
-/// `(-x2, x1)` for the halves of the last dimension.
-fn rotate_half(x: &Tensor) -> Result<Tensor> {
-    let halves = x.f_chunk(2, -1)?;
-    Ok(Tensor::f_cat(&[&halves[1].f_neg()?, &halves[0]], -1)?)
+    fn turn(&self, x: &Tensor, sign: f64, heads: i64) -> Result<Tensor> {
+        if fused::takes(x) {
+            fused::rotate(x, &self.cos, &self.sin, sign, heads)
+        } else {
+            plain::rotate(x, &self.cos, &self.sin, sign, heads)
+        }
+    }
 }
 
 /// SwiGLU: `silu(gate) * up` from `[n, 2i]` holding gate, then up.
 pub(crate) fn swiglu(gate_up: &Tensor) -> Result<Tensor> {
-    let halves = gate_up.f_chunk(2, -1)?;
-    Ok(halves[0].f_silu()?.f_mul_(&halves[1])?)
+    if fused::takes(gate_up) { fused::swiglu(gate_up) } else { plain::swiglu(gate_up) }
 }
 
 /// Gradient `[n, 2i]` of [`swiglu`].
 pub(crate) fn swiglu_backward(grad_act: &Tensor, gate_up: &Tensor) -> Result<Tensor> {
-    let halves = gate_up.f_chunk(2, -1)?;
-    let grad_gate = halves[0].f_silu_backward(&grad_act.f_mul(&halves[1])?)?;
-    let grad_up = halves[0].f_silu()?.f_mul_(grad_act)?;
-    Ok(Tensor::f_cat(&[grad_gate, grad_up], -1)?)
+    if fused::takes(gate_up) {
+        fused::swiglu_backward(grad_act, gate_up)
+    } else {
+        plain::swiglu_backward(grad_act, gate_up)
+    }
+}
+
+/// Largest value of every row, `[n, 1]`.
+pub(crate) fn row_max(x: &Tensor) -> Result<Tensor> {
+    if fused::takes(x) { fused::row_max(x) } else { Ok(x.f_amax([1i64], true)?) }
+}
+
+/// `exp(logits - highest)` in place, and its row sums `[n, 1]`.
+pub(crate) fn exp_sum(logits: &mut Tensor, highest: &Tensor) -> Result<Tensor> {
+    if fused::takes(logits) { fused::exp_sum(logits, highest) } else { plain::exp_sum(logits, highest) }
+}
+
+/// Rows times `scale / sum`, in place.
+pub(crate) fn scale_rows(values: &mut Tensor, sum: &Tensor, scale: f64) -> Result<()> {
+    if fused::takes(values) {
+        fused::scale_rows(values, sum, scale)
+    } else {
+        plain::scale_rows(values, sum, scale)
+    }
 }
 
 /// What attention keeps for its backward pass, beside its inputs.

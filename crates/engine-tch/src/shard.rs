@@ -35,8 +35,11 @@ pub struct TchEngine {
 impl TchEngine {
     /// Computes on `device` with `threads` threads of its own for each thread that asks. `logits_program` is run as
     /// `PROGRAM logits --model DIR --tokens-file FILE --out FILE` to check exports in a process of their own.
+    ///
+    /// Sets the process's allocator to keep freed memory (see `memory`).
     #[must_use]
     pub fn new(device: Device, threads: usize, logits_program: PathBuf) -> Self {
+        memory::keep_freed_memory();
         Self { device, threads, logits_program }
     }
 

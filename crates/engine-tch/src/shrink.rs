@@ -4,6 +4,7 @@ use crate::factors::{Factor, FactorLayout, is_replicated, split_features};
 use crate::fault::{Fault, Result};
 use crate::importance::LiveGroups;
 use crate::layer::LayerShard;
+use crate::memory;
 use crate::shard::Shard;
 use crate::source::{compute_kind, select, storage_kind};
 use engine::MaskApplied;
@@ -154,6 +155,8 @@ impl Shard {
         self.moments.exp_avg_sq = exp_avg_sq;
         self.layout = layout;
         self.placement = next;
+        drop(old);
+        memory::give_back();
         Ok(received_groups)
     }
 

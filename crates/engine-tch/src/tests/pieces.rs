@@ -4,7 +4,7 @@
 use crate::communicator::Alone;
 use crate::dropout::{Dropout, DropoutSite, splitmix};
 use crate::loss::VocabularyHead;
-use crate::ops::{self, RotaryTable};
+use crate::ops::{self, RotaryTable, plain};
 use crate::optimizer::Moments;
 use recipe::AdamW;
 use tch::{Device, Kind, Tensor};
@@ -65,11 +65,10 @@ fn assert_same(what: &str, actual: &Tensor, expected: &Tensor, bound: f64) {
 fn rms_norm_backward_is_right() {
     let (x, weight, grad) = (random(&[7, 12], 1), random(&[12], 2), random(&[7, 12], 3));
     let eps = 1e-5;
-    let f = |inputs: &[Tensor]| {
-        let rstd = ops::rms_norm_rstd(&inputs[0], eps).unwrap();
-        ops::rms_norm_apply(&inputs[0], &rstd, &weight).unwrap()
-    };
-    let rstd = ops::rms_norm_rstd(&x, eps).unwrap();
+    let f = |inputs: &[Tensor]| plain::rms_norm(&inputs[0], &weight, eps).unwrap().1;
+    let (rstd, y) = ops::rms_norm(&x, &weight, eps).unwrap();
+    assert_same("y", &y, &f(&[x.copy()]), 1e-12);
+    assert_same("y again", &ops::rms_norm_apply(&x, &rstd, &weight).unwrap(), &y, 1e-15);
     let mut actual = Tensor::ones([7, 12], F64);
     ops::rms_norm_backward_add(&mut actual, &grad, &x, &rstd, &weight).unwrap();
     let actual = actual - 1.0;
@@ -80,7 +79,8 @@ fn rms_norm_backward_is_right() {
 #[test]
 fn swiglu_backward_is_right() {
     let (x, grad) = (random(&[5, 2 * 9], 4) * 4.0, random(&[5, 9], 5));
-    let f = |inputs: &[Tensor]| ops::swiglu(&inputs[0]).unwrap();
+    let f = |inputs: &[Tensor]| plain::swiglu(&inputs[0]).unwrap();
+    assert_same("act", &ops::swiglu(&x).unwrap(), &f(&[x.copy()]), 1e-12);
     let actual = ops::swiglu_backward(&grad, &x).unwrap();
     assert_same("dx", &actual, &autograd(&[&x], &grad, &f)[0], 1e-10);
     assert_central_differences(&[&x], 0, &grad, &actual, &f);
@@ -88,13 +88,72 @@ fn swiglu_backward_is_right() {
 
 #[test]
 fn rotation_backward_is_right_and_undoes_rotation() {
-    let (x, grad) = (random(&[2, 5, 3, 8], 6), random(&[2, 5, 3, 8], 7));
+    let (x, grad) = (random(&[10, 3 * 8], 6), random(&[10, 3 * 8], 7));
     let table = RotaryTable::new(&[1.0, 0.3, 0.05, 0.01], 5, &x).unwrap();
-    let f = |inputs: &[Tensor]| table.rotate(&inputs[0]).unwrap();
-    let actual = table.rotate_back(&grad).unwrap();
+    // Positions repeat every 5 rows; (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin).
+    let f = |inputs: &[Tensor]| {
+        let angles =
+            Tensor::arange(10, F64).remainder(5.0).unsqueeze(1) * Tensor::from_slice(&[1.0, 0.3, 0.05, 0.01]);
+        let (cos, sin) = (angles.cos().unsqueeze(1), angles.sin().unsqueeze(1));
+        let halves = inputs[0].view([10, 3, 8]).chunk(2, -1);
+        Tensor::cat(&[&halves[0] * &cos - &halves[1] * &sin, &halves[1] * &cos + &halves[0] * &sin], -1)
+            .view([10, 24])
+    };
+    assert_same("rotation", &table.rotate(&x, 3).unwrap(), &f(&[x.copy()]), 1e-12);
+    let actual = table.rotate_back(&grad, 3).unwrap();
     assert_same("dx", &actual, &autograd(&[&x], &grad, &f)[0], 1e-10);
     assert_central_differences(&[&x], 0, &grad, &actual, &f);
-    assert_same("inverse", &table.rotate_back(&f(&[x.copy()])).unwrap(), &x, 1e-12);
+    assert_same("inverse", &table.rotate_back(&f(&[x.copy()]), 3).unwrap(), &x, 1e-12);
+}
+
+#[test]
+fn fused_kernels_are_their_compositions_in_f32_too() {
+    let f32 = |x: Tensor| x.to_kind(Kind::Float);
+    // 37 and 1030 columns: not multiples of any vector's length.
+    for width in [37, 1030] {
+        let (x, weight, grad) =
+            (f32(random(&[9, width], 1) * 9.0), f32(random(&[width], 2)), f32(random(&[9, width], 3)));
+        let close = |what: &str, actual: &Tensor, expected: &Tensor| {
+            assert_same(what, &actual.to_kind(Kind::Double), &expected.to_kind(Kind::Double), 2e-6);
+        };
+        let ((rstd, y), (plain_rstd, plain_y)) =
+            (ops::rms_norm(&x, &weight, 1e-5).unwrap(), plain::rms_norm(&x, &weight, 1e-5).unwrap());
+        close("rstd", &rstd, &plain_rstd);
+        close("norm", &y, &plain_y);
+        let (mut ours, mut theirs) = (x.zeros_like(), x.zeros_like());
+        ops::rms_norm_backward_add(&mut ours, &grad, &x, &rstd, &weight).unwrap();
+        plain::rms_norm_backward_add(&mut theirs, &grad, &x, &rstd, &weight).unwrap();
+        close("norm backward", &ours, &theirs);
+        let gate_up = f32(random(&[9, 2 * width], 4) * 30.0);
+        close("swiglu", &ops::swiglu(&gate_up).unwrap(), &plain::swiglu(&gate_up).unwrap());
+        let backward = (ops::swiglu_backward(&grad, &gate_up), plain::swiglu_backward(&grad, &gate_up));
+        close("swiglu backward", &backward.0.unwrap(), &backward.1.unwrap());
+        let highest = ops::row_max(&x).unwrap();
+        assert!(highest == x.amax([1i64], true));
+        let (mut ours, mut theirs) = (x.copy(), x.copy());
+        let (sum, plain_sum) =
+            (ops::exp_sum(&mut ours, &highest).unwrap(), plain::exp_sum(&mut theirs, &highest).unwrap());
+        close("exp", &ours, &theirs);
+        close("sum", &sum, &plain_sum);
+        ops::scale_rows(&mut ours, &sum, 0.3).unwrap();
+        plain::scale_rows(&mut theirs, &plain_sum, 0.3).unwrap();
+        close("scaled", &ours, &theirs);
+    }
+}
+
+#[test]
+fn a_number_that_is_not_one_survives_the_kernels() {
+    let x = Tensor::zeros([3, 40], (Kind::Float, Device::Cpu));
+    let _ = x.get(1).get(7).fill_(f64::NAN);
+    let weight = Tensor::ones([40], (Kind::Float, Device::Cpu));
+    let bad = |x: &Tensor| {
+        x.get(1).isnan().any().int64_value(&[]) == 1 && x.get(0).isnan().any().int64_value(&[]) == 0
+    };
+    assert!(bad(&ops::rms_norm(&x, &weight, 1e-5).unwrap().1));
+    assert!(bad(&ops::swiglu(&x).unwrap()));
+    let mut logits = x.copy();
+    let highest = ops::row_max(&x).unwrap();
+    assert!(bad(&ops::exp_sum(&mut logits, &highest).unwrap()));
 }
 
 #[test]
@@ -180,6 +239,8 @@ fn dropout_masks_are_the_scalar_hash_and_keep_the_mean() {
         let expected = if f64::from(hash) >= 0.25 * 4_294_967_296.0 { 4.0 / 3.0 } else { 0.0 };
         assert!((dropped.double_value(&[row, column]) - expected).abs() < 1e-12);
     }
+    let keep = dropout.keep_mask(2, DropoutSite::Down, 100, 400, &features).unwrap();
+    assert!(keep == dropped.gt(0.5), "the kernel and its composition drop the same");
     let mean = dropped.mean(Kind::Double).double_value(&[]);
     assert!((mean - 1.0).abs() < 0.02, "mean {mean}");
     let part =
