@@ -143,16 +143,14 @@ pub(crate) fn run(
         }
         Err(fault) => {
             warn!(error = %fault.failure, "load failed");
-            let _ = ready.send(Err(fault.failure.clone()));
-            context.end.end(fault.failure);
+            // Over before it is told, so that nobody who has heard of it finds the session still there.
+            context.end.end(fault.failure.clone());
+            let _ = ready.send(Err(fault.failure));
             return;
         }
     };
     while let Some(Order { span, command }) = next_order(context, &mut orders) {
-        if let Some(lost) = span.in_scope(|| shard.obey(command)) {
-            warn!(error = %lost, "session lost");
-            context.end.end(lost);
-        }
+        span.in_scope(|| shard.obey(command));
     }
     if guarded("freeing the shard", || {
         drop(shard);
@@ -228,22 +226,23 @@ impl<'a> Shard<'a> {
         Ok((shard, Loaded { data_sha256, window_count, memory_bytes }))
     }
 
-    /// Does what it is told and answers; returns why the shard is lost, if it is.
-    fn obey(&mut self, command: Command) -> Option<Failure> {
+    /// Does what it is told and answers. A fault that costs the shard ends the session.
+    fn obey(&mut self, command: Command) {
+        let end = self.context.end.clone();
         match command {
             Command::OpenRendezvous { reply } => {
-                answer(reply, "opening the rendezvous", || self.open_rendezvous())
+                answer(reply, &end, "opening the rendezvous", || self.open_rendezvous());
             }
             Command::JoinGroup { rendezvous, reply } => {
-                answer(reply, "joining the group", || self.join_group(&rendezvous))
+                answer(reply, &end, "joining the group", || self.join_group(&rendezvous));
             }
             Command::Train { stretch, accepted, sink } => self.train(stretch, accepted, &sink),
             Command::ApplyMask { generation, keep_mask, reply } => {
-                answer(reply, "applying the mask", || self.apply_mask(generation, keep_mask))
+                answer(reply, &end, "applying the mask", || self.apply_mask(generation, keep_mask));
             }
-            Command::Evaluate { reply } => answer(reply, "evaluating", || self.evaluate()),
+            Command::Evaluate { reply } => answer(reply, &end, "evaluating", || self.evaluate()),
             Command::Checkpoint { folder, reply } => {
-                answer(reply, "writing the checkpoint", || self.checkpoint(folder))
+                answer(reply, &end, "writing the checkpoint", || self.checkpoint(folder));
             }
         }
     }
@@ -268,38 +267,37 @@ impl<'a> Shard<'a> {
         Ok(())
     }
 
-    fn train(
-        &mut self,
-        stretch: Stretch,
-        accepted: Reply<()>,
-        sink: &mpsc::Sender<TrainItem>,
-    ) -> Option<Failure> {
+    fn train(&mut self, stretch: Stretch, accepted: Reply<()>, sink: &mpsc::Sender<TrainItem>) {
         if let Err(refused) = self.check_stretch(stretch) {
             let _ = accepted.send(Err(refused));
-            return None;
+            return;
         }
         // A caller that is gone already is noticed at the first report.
         let _ = accepted.send(Ok(()));
         for step in stretch.first_step..stretch.end_step {
             if self.context.end.is_over() {
-                return None;
+                return;
             }
             let messages = match guarded("a step", || self.step(step)) {
                 Ok(messages) => messages,
-                Err(Fault { failure, ends_session }) => {
+                Err(Fault { failure, ends_session: true }) => {
+                    // The stream ends with the reason of the session's end.
+                    lose(&self.context.end, failure);
+                    return;
+                }
+                Err(Fault { failure, ends_session: false }) => {
                     warn!(step, error = %failure, "step failed");
-                    let _ = self.send(sink, Err(failure.clone().into()));
-                    return ends_session.then_some(failure);
+                    let _ = self.send(sink, Err(failure.into()));
+                    return;
                 }
             };
             for message in messages {
                 if self.send(sink, Ok(message)).is_err() {
                     info!(step, "training stops: nobody listens any more");
-                    return None;
+                    return;
                 }
             }
         }
-        None
     }
 
     fn check_stretch(&self, stretch: Stretch) -> Result<(), Failure> {
@@ -495,13 +493,20 @@ impl<'a> Shard<'a> {
     }
 }
 
-/// Does `work` and answers; returns why the shard is lost, if it is.
-fn answer<T>(reply: Reply<T>, what: &str, work: impl FnOnce() -> Result<T, Fault>) -> Option<Failure> {
-    let (answer, lost) = match guarded(what, work) {
-        Ok(value) => (Ok(value), None),
-        Err(Fault { failure, ends_session }) => (Err(failure.clone()), ends_session.then_some(failure)),
-    };
+/// Does `work` and answers.
+fn answer<T>(reply: Reply<T>, end: &SessionEnd, what: &str, work: impl FnOnce() -> Result<T, Fault>) {
+    let answer = guarded(what, work).map_err(|Fault { failure, ends_session }| {
+        if ends_session {
+            lose(end, failure.clone());
+        }
+        failure
+    });
     // A caller that went away does not want its answer.
     let _ = reply.send(answer);
-    lost
+}
+
+/// Ends a session whose shard is lost, before anyone is told: nobody who has heard of it finds it still there.
+fn lose(end: &SessionEnd, failure: Failure) {
+    warn!(error = %failure, "session lost");
+    end.end(failure);
 }

@@ -90,9 +90,18 @@ impl WorkerRpc {
 
     /// Ends the session, whichever it is, and waits a while for its thread.
     pub async fn drop_session(&self, why: Failure) {
+        self.end_session(None, why).await;
+    }
+
+    /// Ends the session, if it is `only` or nothing is asked, and waits a while for its thread.
+    async fn end_session(&self, only: Option<&str>, why: Failure) {
         let (ended, device_free) = {
             let mut sessions = self.sessions();
-            (sessions.current.take(), sessions.device_free.clone())
+            let ended = sessions.current.take_if(|session| only.is_none_or(|only| session.id == only));
+            if ended.is_none() && only.is_some() {
+                return;
+            }
+            (ended, sessions.device_free.clone())
         };
         if let Some(session) = &ended {
             info!(session_id = session.id, why = %why, "session ends");
@@ -518,11 +527,9 @@ impl WorkerService for WorkerRpc {
 
     async fn abort(&self, request: Request<pb::AbortRequest>) -> Result<Response<pb::AbortResponse>, Status> {
         let id = request.into_inner().session_id;
-        let current = self.sessions().current.as_ref().map(|session| session.id.clone());
         // A session that is not current has ended already: nothing to do.
-        if current.is_some_and(|current| id.is_empty() || id == current) {
-            self.drop_session(Failure::new(Reason::Aborted, "the session was aborted")).await;
-        }
+        let only = (!id.is_empty()).then_some(id.as_str());
+        self.end_session(only, Failure::new(Reason::Aborted, "the session was aborted")).await;
         Ok(Response::new(pb::AbortResponse {}))
     }
 }
