@@ -1,5 +1,6 @@
 //! Computing on one rank's shard: the port between the services and a tensor library.
 
+pub mod conformance;
 mod shard_engine;
 pub mod toy;
 
