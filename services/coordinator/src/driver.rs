@@ -6,13 +6,15 @@ use crate::context::Context;
 use crate::journal::Journal;
 use crate::registry::{GroupClaim, Ticket, Turn};
 use crate::run_book::RunRecord;
-use pruning_run::{Effect, Event, Run, RunEvent, RunEventKind, WorkerId, transition};
+use opentelemetry::trace::TraceContextExt;
+use pruning_run::{Effect, Event, Run, RunEvent, RunEventKind, RunId, WorkerId, transition};
 use std::collections::VecDeque;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
 use tokio::sync::mpsc;
-use tracing::{info, instrument, warn};
+use tracing::{Instrument, Span, debug, info, info_span, warn};
+use tracing_opentelemetry::OpenTelemetrySpanExt;
 use wire::convert::{data, mask, recipe, run};
 use wire::pb;
 use wire::status::chain;
@@ -20,9 +22,29 @@ use wire::status::chain;
 /// Outcomes that may wait to be read; beyond it the workers' streams are held back.
 const OUTCOMES: usize = 64;
 
-/// Drives a run to its end.
-#[instrument(name = "run", skip_all, fields(run_id = %record.id))]
-pub(crate) async fn drive(context: Arc<Context>, record: Arc<RunRecord>, ticket: Ticket) {
+/// Drives a run to its end, in a span of the caller's trace that outlives the caller's own.
+pub(crate) fn drive(
+    context: Arc<Context>,
+    record: Arc<RunRecord>,
+    ticket: Ticket,
+) -> impl Future<Output = ()> + Send {
+    let span = run_span(&record.id);
+    drive_in_span(context, record, ticket).instrument(span)
+}
+
+/// The span of a run: the caller's trace goes on, but its span need not stay open as long as the run.
+fn run_span(run_id: &RunId) -> Span {
+    let span = info_span!(parent: None, "run", %run_id);
+    let caller = Span::current().context();
+    if caller.span().span_context().is_valid()
+        && let Err(error) = span.set_parent(caller)
+    {
+        debug!(%error, "the run starts a trace of its own");
+    }
+    span
+}
+
+async fn drive_in_span(context: Arc<Context>, record: Arc<RunRecord>, ticket: Ticket) {
     let (sender, outcomes) = mpsc::channel(OUTCOMES);
     let (run, effects) = Run::new(record.setup.clone(), SystemTime::now());
     let journal = Journal::open(&context.data_dir, &record.id.0);
@@ -280,5 +302,28 @@ async fn sleep_until(time: Option<SystemTime>) {
             tokio::time::sleep(time.duration_since(SystemTime::now()).unwrap_or_default()).await;
         }
         None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use opentelemetry::trace::{TraceId, TracerProvider};
+    use opentelemetry_sdk::trace::SdkTracerProvider;
+    use tracing_subscriber::layer::SubscriberExt;
+
+    #[test]
+    fn a_run_goes_on_in_the_trace_of_the_call_that_made_it() {
+        let provider = SdkTracerProvider::builder().build();
+        let subscriber = tracing_subscriber::registry()
+            .with(tracing_opentelemetry::layer().with_tracer(provider.tracer("test")));
+        let trace = |span: &Span| span.context().span().span_context().trace_id();
+        tracing::subscriber::with_default(subscriber, || {
+            let call = info_span!("create_run");
+            let run = call.in_scope(|| run_span(&RunId("r".into())));
+            assert_ne!(trace(&call), TraceId::INVALID);
+            assert_eq!(trace(&run), trace(&call));
+            assert_ne!(trace(&run_span(&RunId("other".into()))), trace(&call));
+        });
     }
 }

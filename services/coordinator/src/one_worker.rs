@@ -57,6 +57,12 @@ pub(crate) async fn evaluate(
             match event {
                 Event::Loaded { .. } => calls.evaluate(),
                 Event::Evaluated { negative_log_likelihood, predicted_tokens, duration, .. } => {
+                    if predicted_tokens == 0 || !negative_log_likelihood.is_finite() {
+                        let message = format!(
+                            "{negative_log_likelihood} nats over {predicted_tokens} tokens are no measurement"
+                        );
+                        break Err(Failure::new(Reason::NotFinite, message));
+                    }
                     break Ok(Evaluation {
                         label: "exported".to_owned(),
                         perplexity: (negative_log_likelihood / predicted_tokens as f64).exp(),

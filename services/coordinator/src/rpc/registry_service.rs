@@ -31,7 +31,7 @@ impl RegistryService for Registration {
             .context
             .registry
             .register(info)
-            .map_err(|full: RegistryFull| Failure::from_error(Reason::TooManyRuns, &full))?;
+            .map_err(|full: RegistryFull| Failure::from_error(Reason::Refused, &full))?;
         let lease_duration = Some(duration_to_pb(self.context.registry.lease()));
         Ok(Response::new(pb::RegisterResponse { lease_id, lease_duration }))
     }
