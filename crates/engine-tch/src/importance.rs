@@ -19,7 +19,7 @@ use recipe::{Criterion, LoraPruneForm};
 use tch::{Kind, Tensor};
 
 /// Weights in a tile: 512 KiB of f32, which the second-level cache of today's cores holds with its temporaries.
-const TILE_ELEMENTS: i64 = 1 << 17;
+pub(crate) const TILE_ELEMENTS: i64 = 1 << 17;
 
 /// What the scores of one step are made from.
 pub(crate) struct ScoreInputs<'a> {
@@ -31,6 +31,8 @@ pub(crate) struct ScoreInputs<'a> {
     pub(crate) scaling: f64,
     pub(crate) head_dim: i64,
     pub(crate) step: u64,
+    /// Weights scored at a time; [`TILE_ELEMENTS`] but in tests.
+    pub(crate) tile_elements: i64,
 }
 
 /// The scores of one layer's live groups on this rank; none for `random`, which needs none.
@@ -122,7 +124,7 @@ fn projection_sums(
     };
     let scaled_b = b.f_mul_scalar(inputs.scaling)?;
 
-    let tile_rows = (TILE_ELEMENTS / columns.max(1)).clamp(1, rows.max(1));
+    let tile_rows = (inputs.tile_elements / columns.max(1)).clamp(1, rows.max(1));
     let mut row_sums = Vec::new();
     let mut column_sums = Tensor::f_zeros([columns], (kind, weight.device()))?;
     let mut start = 0;

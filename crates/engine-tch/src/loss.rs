@@ -8,13 +8,15 @@ use std::ops::Range;
 use tch::{Kind, Tensor};
 
 /// Logits held at a time.
-const CHUNK_ELEMENTS: i64 = 8 << 20;
+pub(crate) const CHUNK_ELEMENTS: i64 = 8 << 20;
 
 /// The head's rows on this rank.
 pub(crate) struct VocabularyHead<'a> {
     /// `[vocabulary on this rank, d]`
     pub(crate) weight: &'a Tensor,
     pub(crate) rows: Range<i64>,
+    /// Logits held at a time; [`CHUNK_ELEMENTS`] but in tests.
+    pub(crate) chunk_elements: i64,
 }
 
 impl VocabularyHead<'_> {
@@ -35,7 +37,8 @@ impl VocabularyHead<'_> {
             None => None,
         };
         let mut total = 0.0;
-        let chunk = (CHUNK_ELEMENTS / (self.rows.end - self.rows.start).max(1)).clamp(1, positions.max(1));
+        let chunk =
+            (self.chunk_elements / (self.rows.end - self.rows.start).max(1)).clamp(1, positions.max(1));
         let mut start = 0;
         while start < positions {
             let len = chunk.min(positions - start);
@@ -90,7 +93,7 @@ impl VocabularyHead<'_> {
         kind: Kind,
         communicator: &mut dyn Communicator,
     ) -> Result<Tensor> {
-        let head = VocabularyHead { weight: embedding, rows: rows.clone() };
+        let head = VocabularyHead { weight: embedding, rows: rows.clone(), chunk_elements: CHUNK_ELEMENTS };
         let (local, is_local) = head.localise(ids)?;
         let mut hidden =
             embedding.f_index_select(0, &local.f_squeeze()?.f_view([-1i64])?)?.f_to_kind(kind)?;

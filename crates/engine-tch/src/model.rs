@@ -5,7 +5,7 @@ use crate::dropout::Dropout;
 use crate::factors::FactorLayout;
 use crate::fault::{Fault, Result};
 use crate::layer::{LayerShard, Pass, Saved, WeightGradients};
-use crate::loss::VocabularyHead;
+use crate::loss::{CHUNK_ELEMENTS, VocabularyHead};
 use crate::ops::{self, RotaryTable};
 use crate::source::Source;
 use model_spec::ModelSpec;
@@ -109,6 +109,7 @@ impl Model {
         VocabularyHead {
             weight: self.head.as_ref().unwrap_or(&self.embedding),
             rows: self.vocabulary.clone(),
+            chunk_elements: CHUNK_ELEMENTS,
         }
     }
 

@@ -192,7 +192,7 @@ impl Shard {
         }
         let started = Instant::now();
         let scores = match criterion {
-            Some(criterion) => self.scores(step, criterion)?,
+            Some(criterion) => self.scores(step, criterion, importance::TILE_ELEMENTS)?,
             None => Vec::new(),
         };
         let score_time = started.elapsed();
@@ -227,7 +227,12 @@ impl Shard {
         Ok(Fault::NotFinite { what: "gradient norm".into(), step, value: norm })
     }
 
-    fn scores(&self, step: u64, criterion: Criterion) -> Result<Vec<ProjectionScores>> {
+    pub(crate) fn scores(
+        &self,
+        step: u64,
+        criterion: Criterion,
+        tile_elements: i64,
+    ) -> Result<Vec<ProjectionScores>> {
         let inputs = ScoreInputs {
             layout: &self.layout,
             factors: &self.factors,
@@ -236,6 +241,7 @@ impl Shard {
             scaling: self.setup.recipe.lora.scaling(),
             head_dim: self.source.spec().head_dim as i64,
             step,
+            tile_elements,
         };
         let mut all = Vec::new();
         for (layer, (shard, live)) in self.model.layers.iter().zip(&self.live).enumerate() {

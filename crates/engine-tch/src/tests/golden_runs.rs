@@ -270,3 +270,25 @@ fn dropout_does_not_depend_on_the_number_of_ranks_nor_on_recomputation() {
         assert_eq!(other.decisions, one.decisions);
     }
 }
+
+#[test]
+fn weights_stored_in_bf16_give_the_run_of_their_f32_values() {
+    let golden = Golden::read("gqa_code_kv_groups_f64");
+    let with = |storage, tp_degree| {
+        let mut recipe = golden.recipe(Shrink::Live);
+        recipe.precision = recipe::Precision { compute: recipe::Compute::F32, storage };
+        run(&RunInputs {
+            model: "bf16_sharded",
+            recipe,
+            tp_degree,
+            initial: None,
+            batches: &golden.batches(),
+        })
+    };
+    let (wide, narrow) = (with(recipe::Storage::F32, 1), with(recipe::Storage::Bf16, 1));
+    assert_eq!(narrow.losses, wide.losses, "the file is in bf16, so nothing is rounded");
+    assert_eq!(narrow.decisions, wide.decisions);
+    let split = with(recipe::Storage::Bf16, 2);
+    assert_close("loss", &split.losses, &wide.losses, 1e-4);
+    assert_eq!(split.decisions, wide.decisions);
+}

@@ -218,6 +218,15 @@ fn the_score_pass_is_the_plain_formula_for_every_criterion() {
         let mut ours = shard("gqa", criterion);
         let outcome = ours.train_step(0, &[rows.iter().map(Vec::as_slice).collect()]).unwrap();
         assert_eq!(outcome.scores.len(), 7 * spec.layers.len());
+        // Tiles of one row, and of a few rows with a shorter rest.
+        for tile_elements in [1, 5 * 48] {
+            let tiled = ours.scores(0, criterion, tile_elements).unwrap();
+            for (tiled, whole) in tiled.iter().zip(&outcome.scores) {
+                for (tiled, whole) in tiled.values.iter().zip(&whole.values) {
+                    assert!((tiled - whole).abs() <= 1e-12 * whole.abs(), "{criterion:?} in tiles");
+                }
+            }
+        }
         for scores in &outcome.scores {
             let (layer, projection) = (scores.layer, scores.projection);
             let [out, input] = spec.projection_shape(layer, projection);

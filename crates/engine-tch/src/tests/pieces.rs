@@ -191,13 +191,16 @@ fn chunked_cross_entropy_is_the_plain_one() {
         let log_p = inputs[0].matmul(&weight.tr()).log_softmax(-1, None);
         -log_p.gather(1, &targets.unsqueeze(1), false).sum(Kind::Double)
     };
-    let head = VocabularyHead { weight: &weight, rows: 0..19 };
-    let (nll, grad) = head.negative_log_likelihood(&hidden, &targets, Some(0.25), &mut Alone).unwrap();
-    assert!((nll - plain(&[hidden.copy()]).double_value(&[])).abs() < 1e-10);
     let scale = Tensor::from(0.25);
-    let grad = grad.unwrap();
-    assert_same("dx", &grad, &autograd(&[&hidden], &scale, &plain)[0], 1e-10);
-    assert_central_differences(&[&hidden], 0, &scale, &grad, &plain);
+    // All positions at once, four at a time with a shorter rest, and one at a time.
+    for chunk_elements in [1 << 20, 4 * 19, 1] {
+        let head = VocabularyHead { weight: &weight, rows: 0..19, chunk_elements };
+        let (nll, grad) = head.negative_log_likelihood(&hidden, &targets, Some(0.25), &mut Alone).unwrap();
+        assert!((nll - plain(&[hidden.copy()]).double_value(&[])).abs() < 1e-10);
+        let grad = grad.unwrap();
+        assert_same("dx", &grad, &autograd(&[&hidden], &scale, &plain)[0], 1e-10);
+        assert_central_differences(&[&hidden], 0, &scale, &grad, &plain);
+    }
 }
 
 #[test]
