@@ -14,7 +14,8 @@ use tracing_subscriber::prelude::*;
 
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(3);
 /// What the libraries below us say is of interest only when asked for by name.
-const QUIET: &str = "h2=warn,hyper=warn,hyper_util=warn,tonic=warn,tower=warn";
+const QUIET: &str =
+    "opentelemetry=warn,opentelemetry_sdk=warn,h2=warn,hyper=warn,hyper_util=warn,tonic=warn,tower=warn";
 
 /// What is logged, and where traces go.
 #[derive(Debug, Clone, clap::Args)]
