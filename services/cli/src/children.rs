@@ -95,8 +95,18 @@ impl Worker {
 /// The last `lines` lines of a log, indented below its name; empty when there are none.
 #[must_use]
 pub(crate) fn log_tail(log: &Path, lines: usize) -> String {
+    quoted_tail(log, lines, |_| true)
+}
+
+/// As [`log_tail`], of warnings and errors alone.
+#[must_use]
+pub(crate) fn log_warnings(log: &Path, lines: usize) -> String {
+    quoted_tail(log, lines, |line| line.contains(" WARN ") || line.contains("ERROR "))
+}
+
+fn quoted_tail(log: &Path, lines: usize, keep: impl Fn(&str) -> bool) -> String {
     let text = read_tail(log).unwrap_or_default();
-    let all: Vec<&str> = text.lines().collect();
+    let all: Vec<&str> = text.lines().filter(|line| keep(line)).collect();
     let last = &all[all.len().saturating_sub(lines)..];
     if last.is_empty() {
         return String::new();
@@ -125,6 +135,8 @@ mod tests {
         assert_eq!(log_tail(&log, 3), "");
         std::fs::write(&log, "a\nb\nc\nd\n").unwrap();
         assert!(log_tail(&log, 2).ends_with("x.log:\n  | c\n  | d"));
+        std::fs::write(&log, "1 INFO a\n2 WARN b\n3 INFO c\n").unwrap();
+        assert!(log_warnings(&log, 9).ends_with("x.log:\n  | 2 WARN b"));
     }
 
     #[tokio::test]

@@ -34,6 +34,15 @@ impl Failure {
         Self::Failed(anyhow::Error::msg(message.into()))
     }
 
+    /// What happened, without the word before it.
+    #[must_use]
+    pub(crate) fn message(&self) -> String {
+        match self {
+            Self::BadInput(error) | Self::Failed(error) => format!("{error:#}"),
+            Self::Interrupted(text) => text.clone(),
+        }
+    }
+
     /// Adds `note` on lines of its own below the message, such as the end of a log.
     #[must_use]
     pub(crate) fn with_note(self, note: &str) -> Self {
@@ -51,7 +60,7 @@ impl Failure {
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::BadInput(error) | Self::Failed(error) => write!(f, "error: {error:#}"),
+            Self::BadInput(_) | Self::Failed(_) => write!(f, "error: {}", self.message()),
             Self::Interrupted(text) => write!(f, "interrupted: {text}"),
         }
     }

@@ -64,6 +64,7 @@ async fn follow_once(
     ended: &mut bool,
     each: &mut impl FnMut(&pb::RunEvent) -> Result<(), Failure>,
 ) -> Result<(), Stop> {
+    let before = *revision;
     let request = pb::WatchRunRequest { id: id.to_owned(), after_revision: *revision };
     let mut events = client.watch_run(tonic::Request::new(request)).await.map_err(Stop::Status)?.into_inner();
     while let Some(response) = events.message().await.map_err(Stop::Status)? {
@@ -77,18 +78,13 @@ async fn follow_once(
         }
         each(&event).map_err(Stop::Failure)?;
     }
-    if !*ended {
-        // The last event may have been seen before: ask for the state itself.
+    if !*ended && *revision == before {
+        // Nothing new came: the last event was seen already, or there is none yet.
         let request = within(limits::QUICK_CALL, pb::GetRunRequest { id: id.to_owned() });
         let run = client.get_run(request).await.map_err(Stop::Status)?.into_inner().run;
-        *ended = run.is_some_and(|run| has_ended(run.state()) && run_is_seen(&run, *revision));
+        *ended = run.is_some_and(|run| has_ended(run.state()));
     }
     Ok(())
-}
-
-/// A run that has ended with no event at all is not followed for ever.
-fn run_is_seen(run: &pb::Run, revision: u64) -> bool {
-    revision > 0 || run.end_time.is_some()
 }
 
 /// Whether the same call may succeed in a moment.

@@ -1,6 +1,6 @@
 //! A coordinator in this process and workers as children: the same services over the same gRPC as on a cluster.
 
-use crate::children::{Worker, log_tail, worker_binary};
+use crate::children::{Worker, log_tail, log_warnings, worker_binary};
 use crate::failure::{Failure, OrBadInput, from_status};
 use anyhow::Context;
 use coordinator::CoordinatorConfig;
@@ -128,11 +128,19 @@ impl LocalCluster {
     }
 
     /// The ends of the workers' logs.
+    fn log_tails(&self) -> String {
+        self.logs(|log| log_tail(log, TAIL_LINES))
+    }
+
+    /// The last warnings and errors in the workers' logs.
     #[must_use]
-    pub(crate) fn log_tails(&self) -> String {
-        let tails: Vec<String> =
-            self.workers.iter().map(|worker| log_tail(&worker.log, TAIL_LINES)).collect();
-        tails.into_iter().filter(|tail| !tail.is_empty()).collect::<Vec<_>>().join("\n")
+    pub(crate) fn log_warnings(&self) -> String {
+        self.logs(|log| log_warnings(log, TAIL_LINES))
+    }
+
+    fn logs(&self, quote: impl Fn(&Path) -> String) -> String {
+        let quoted = self.workers.iter().map(|worker| quote(&worker.log)).filter(|text| !text.is_empty());
+        quoted.collect::<Vec<_>>().join("\n")
     }
 
     /// Ends workers and coordinator, by force where they do not end when asked.

@@ -16,6 +16,9 @@ const CANCEL_DEADLINE: Duration = Duration::from_secs(30);
 /// How long a run may go on after one of its workers has died.
 const WORKER_LOSS_DEADLINE: Duration = Duration::from_secs(20);
 
+/// How long to look for a dead worker behind a failed run.
+const ENDED_WORKER_GRACE: Duration = Duration::from_millis(300);
+
 /// Why a run stopped being followed.
 enum End {
     Ended,
@@ -123,10 +126,9 @@ async fn drive(
             }
         }
     };
-    let mut failure = match end {
+    let failure = match end {
         End::Ended => None,
-        End::Failed(failure) => Some(failure),
-        End::WorkerLost(lost) => Some(lost),
+        End::Failed(failure) | End::WorkerLost(failure) => Some(failure),
         End::Interrupted => {
             progress.phase("cancelling the run; Ctrl-C again kills the workers");
             Some(Failure::Interrupted("the run was cancelled".into()))
@@ -140,18 +142,29 @@ async fn drive(
         .await;
     }
     let run = get(&mut client, &id).await?;
-    let state = run.state();
-    if state != pb::RunState::Succeeded {
-        let words = format!("the run {}: {}", state_name(state), run.status_message);
-        failure = Some(match failure {
-            Some(Failure::Interrupted(text)) => Failure::Interrupted(text),
-            Some(Failure::BadInput(error)) => Failure::BadInput(error),
-            Some(Failure::Failed(error)) => Failure::failed(format!("{words}\n{error:#}")),
-            None => Failure::failed(words).with_note(&cluster.log_tails()),
-        });
-    }
+    let failure = verdict(&run, failure, cluster).await;
     let masks = masks(&mut client, &id, run.generation).await;
     Ok(LocalRun { run, masks, failure })
+}
+
+/// Why the run did not succeed, in the words of whoever knows best.
+async fn verdict(run: &pb::Run, failure: Option<Failure>, cluster: &mut LocalCluster) -> Option<Failure> {
+    if run.state() == pb::RunState::Succeeded {
+        return failure;
+    }
+    let words = format!("the run {}: {}", state_name(run.state()), run.status_message);
+    match failure {
+        Some(Failure::Failed(error)) => Some(Failure::failed(format!("{words}\n{error:#}"))),
+        Some(failure @ (Failure::Interrupted(_) | Failure::BadInput(_))) => Some(failure),
+        None => {
+            // A broken call is often a process that has ended, which takes a moment to show.
+            let note = match timeout(ENDED_WORKER_GRACE, cluster.worker_ended()).await {
+                Ok(lost) => lost.message(),
+                Err(_) => cluster.log_warnings(),
+            };
+            Some(Failure::failed(words).with_note(&note))
+        }
+    }
 }
 
 /// Cancels the run and follows it to its end, for a while; what goes wrong here changes nothing any more.

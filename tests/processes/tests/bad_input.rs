@@ -226,7 +226,7 @@ fn a_broken_model_is_named_with_file_and_fault() {
             "shapes other than the config's",
             config("m8", |c| c["intermediate_size"] = json!(64)),
             WRONG,
-            &["gate_proj", "64", "48"],
+            &["down_proj", "[32, 48]", "[32, 64]"],
         ),
         (
             "more layers than weights",
@@ -444,7 +444,9 @@ fn services_that_cannot_serve_say_why() {
             .flag("--root", dir)
             .flag("--data-dir", dir.join("state"))
     };
-    let worker = |root: &Path| Tool::new("worker").flag("--listen", "127.0.0.1:0").flag("--root", root);
+    let bare_worker =
+        |listen: &str, root: &Path| Tool::new("worker").flag("--listen", listen).flag("--root", root);
+    let worker = |root: &Path| bare_worker("127.0.0.1:0", root).flag("--coordinator", &nobody);
     judge(vec![
         case("a port in use", coordinator(&taken_address), FAILED, &["in use", "--listen"]),
         case("an open address", coordinator("0.0.0.0:0"), FAILED, &["0.0.0.0", "--insecure"]),
@@ -466,15 +468,21 @@ fn services_that_cannot_serve_say_why() {
         ),
         case(
             "a worker without its coordinator",
-            worker(dir).flag("--coordinator", &nobody).flag("--register-timeout-seconds", "2"),
+            worker(dir).flag("--register-timeout-seconds", "2"),
             FAILED,
             &["register", "http://127.0.0.1:"],
         ),
         case(
             "a worker's port in use",
-            Tool::new("worker").flag("--listen", &taken_address).flag("--root", dir),
+            bare_worker(&taken_address, dir).flag("--coordinator", &nobody),
             FAILED,
             &["in use"],
+        ),
+        case(
+            "a worker that is told of no coordinator",
+            bare_worker("127.0.0.1:0", dir),
+            FAILED,
+            &["--coordinator"],
         ),
         case("a worker's root", worker(&dir.join("none")), FAILED, &["none"]),
         case("a device that is none", worker(dir).flag("--device", "abacus"), FAILED, &["abacus"]),
