@@ -27,14 +27,29 @@ pub(crate) struct Args {
 pub(crate) enum Command {
     // On this machine.
     /// Prune a model on this machine: starts a coordinator and workers, shows progress, leaves a smaller checkpoint
+    ///
+    /// Writes OUT/model (a checkpoint that stock `transformers` loads), OUT/report.html, OUT/report.svg, OUT/run.json,
+    /// OUT/events.jsonl and OUT/logs. Flags override the recipe file; what neither says takes the default. Steps become
+    /// faster while the model shrinks, so the time left is an upper bound. Ctrl-C cancels the run and stops the
+    /// workers; a second one kills them. The workers run the program `worker` beside this one, or $ESPALIER_WORKER_BIN;
+    /// $RUST_LOG says what goes to OUT/logs, $OTEL_EXPORTER_OTLP_ENDPOINT where traces go.
     Prune(Box<PruneArgs>),
     /// Measure a model's perplexity on a text, on this machine
+    ///
+    /// By the published protocol: one stream of tokens, windows that do not overlap, each window alone,
+    /// exp(negative log likelihood / predicted tokens).
     Eval(EvalArgs),
     /// Turn a GGUF file into a model folder in Hugging Face layout
+    ///
+    /// Reads F32, F16, BF16, Q4_0, Q4_1, Q8_0, Q4_K and Q6_K tensors and the tokenizer of LLaMA-family files.
     Import(ImportArgs),
     /// Write a model's logits for given token ids to a safetensors file
+    ///
+    /// The file holds `input_ids` [1, tokens] and `logits` [1, tokens, vocabulary] in f32.
     Logits(LogitsArgs),
     /// Draw a run's events as one self-contained HTML page
+    ///
+    /// The page needs no other file and no network. What the events do not say (recipe, plan) is read from --run.
     Report(ReportArgs),
     // At a coordinator.
     /// Create a run from a YAML file

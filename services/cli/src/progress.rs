@@ -87,16 +87,17 @@ impl Progress {
     fn step(&mut self, report: &pb::StepReport) {
         let done = report.step + 1;
         self.pace.note(report);
+        // What matters most comes first: a narrow terminal cuts the end off.
+        let left = match self.pace.time_left(self.steps.saturating_sub(done)) {
+            Some(left) => format!("{} left", units::duration(left)),
+            None => "measuring the pace".to_owned(),
+        };
         let text = format!(
-            "loss {:.3}  sparsity {}  {} tok/s  {}  {}",
+            "{left}  loss {:.3}  sparsity {}  {} tok/s  {}",
             report.loss,
             units::percent(report.sparsity),
             units::short_count(self.pace.tokens_per_second() as u64),
             units::bytes(report.memory_bytes),
-            match self.pace.time_left(self.steps.saturating_sub(done)) {
-                Some(left) => format!("{} left", units::duration(left)),
-                None => "measuring the pace".to_owned(),
-            }
         );
         let steps = self.steps;
         match &mut self.output {
@@ -142,7 +143,7 @@ fn phase_style() -> ProgressStyle {
 }
 
 fn step_style() -> ProgressStyle {
-    style("{bar:28.green/black.bright} {pos}/{len}  {wide_msg}").progress_chars("━━╌")
+    style("{bar:14.green/black.bright} {pos}/{len}  {wide_msg}").progress_chars("━━╌")
 }
 
 /// The templates are ours; a broken one falls back to the library's own bar.

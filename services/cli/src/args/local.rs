@@ -3,11 +3,6 @@ use crate::run_file::{EvaluationMode, ExportDtype, TextFile, TextFormat};
 use clap::Args;
 use std::path::PathBuf;
 
-/// Starts a coordinator and workers on this machine, prunes, and writes OUT/model (a checkpoint that stock
-/// `transformers` loads), OUT/report.html, OUT/report.svg, OUT/run.json, OUT/events.jsonl and OUT/logs.
-///
-/// Flags override the recipe file; what neither says takes the default. Steps become faster while the model shrinks, so
-/// the time left is an upper bound. Ctrl-C cancels the run and stops the workers; a second one kills them.
 #[derive(Debug, Args)]
 pub(crate) struct PruneArgs {
     /// Model folder in Hugging Face layout (config.json, safetensors, tokenizer.json)
@@ -18,7 +13,7 @@ pub(crate) struct PruneArgs {
     /// Empty or new folder for everything that the run leaves
     #[arg(long, value_name = "DIR", required_unless_present = "dry_run")]
     pub out: Option<PathBuf>,
-    /// YAML file with a recipe, or with a whole run (deploy/runs/*.yaml), whose paths are relative to this folder
+    /// YAML file with a recipe, or with a whole run (deploy/runs/*.yaml), whose paths are relative to the current folder
     #[arg(long, value_name = "FILE")]
     pub recipe: Option<PathBuf>,
     /// Worker processes that share the model, 1 to its number of key/value heads [default: 1]
@@ -75,7 +70,6 @@ impl TextArgs {
     }
 }
 
-/// Perplexity by the published protocol: one stream, windows that do not overlap, exp(mean negative log likelihood).
 #[derive(Debug, Args)]
 pub(crate) struct EvalArgs {
     /// Model folder in Hugging Face layout
@@ -113,7 +107,6 @@ pub(crate) struct EvalArgs {
     pub json: bool,
 }
 
-/// Reads F32, F16, BF16, Q4_0, Q4_1, Q8_0, Q4_K and Q6_K tensors and the tokenizer of LLaMA-family files.
 #[derive(Debug, Args)]
 pub(crate) struct ImportArgs {
     /// GGUF file
@@ -137,7 +130,6 @@ pub(crate) enum ImportDtype {
     F32,
 }
 
-/// The file holds `input_ids` [1, tokens] and `logits` [1, tokens, vocabulary] in f32.
 #[derive(Debug, Args)]
 pub(crate) struct LogitsArgs {
     /// Model folder in Hugging Face layout
@@ -151,7 +143,6 @@ pub(crate) struct LogitsArgs {
     pub out: PathBuf,
 }
 
-/// The page needs no other file and no network. What the events do not say (recipe, plan) is read from --run.
 #[derive(Debug, Args)]
 pub(crate) struct ReportArgs {
     /// Events of a run, one JSON object a line, as `prune` writes them and `watch --json` prints them
