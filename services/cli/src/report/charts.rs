@@ -2,6 +2,7 @@
 
 use super::history::{History, StepPoint};
 use super::panel::{Cell, Legend, LinePanel, MapPanel, Ramp, sparse_labels};
+use super::scale::spread;
 use super::svg::{Area, Svg, blend, colour};
 use crate::units;
 use std::time::Duration;
@@ -13,6 +14,8 @@ const REMOVED: [(f64, f64, f64); 3] = [(247.0, 236.0, 217.0), (240.0, 190.0, 128
 /// Nothing kept to all kept.
 const SHARE: [(f64, f64, f64); 3] = [(240.0, 244.0, 241.0), (148.0, 199.0, 168.0), (30.0, 99.0, 64.0)];
 const CHANNEL_BINS: usize = 48;
+/// Decisions side by side.
+const MOST_COLUMNS: usize = 120;
 
 /// One chart, not yet drawn.
 pub(crate) enum Chart<'a> {
@@ -193,8 +196,11 @@ pub(crate) fn kept_share(history: &History, part: Part) -> Option<Chart<'static>
         Part::Heads => widths.query_heads,
         Part::Channels => widths.channels,
     };
-    let cells: Vec<Vec<Cell>> = history
-        .decisions
+    let shown: Vec<&pb::Decision> = spread(history.decisions.len(), MOST_COLUMNS)
+        .into_iter()
+        .map(|index| &history.decisions[index])
+        .collect();
+    let cells: Vec<Vec<Cell>> = shown
         .iter()
         .map(|decision| {
             let cell = |(layer, (widths, dense)): (usize, (&pb::LayerWidths, &u64))| {
@@ -210,8 +216,8 @@ pub(crate) fn kept_share(history: &History, part: Part) -> Option<Chart<'static>
             decision.layers.iter().zip(&dense).enumerate().map(cell).collect()
         })
         .collect();
-    let columns = sparse_labels(history.decisions.len());
-    let step_label = |(index, _): (usize, String)| (index, history.decisions[index].step.to_string());
+    let columns = sparse_labels(shown.len());
+    let step_label = |(index, _): (usize, String)| (index, shown[index].step.to_string());
     Some(Chart::Map(MapPanel {
         title: match part {
             Part::Heads => "Heads kept by layer",

@@ -3,6 +3,7 @@
 use super::charts::{Chart, Part, channels, heads, kept_share, marks, over_steps};
 use super::history::History;
 use super::overview::overview;
+use super::scale::spread;
 use super::summary;
 use crate::{proto_json, units};
 use anyhow::Context;
@@ -11,6 +12,9 @@ use std::time::Duration;
 use wire::pb;
 
 const TEMPLATE: &str = include_str!("page.html");
+
+/// Decisions in the table, spread over all when there are more.
+const MOST_ROWS: usize = 200;
 
 /// The page as HTML text.
 ///
@@ -163,7 +167,10 @@ fn decisions(history: &History) -> Vec<Vec<String>> {
             crate::tables::range_of(decision.layers.iter().map(|layer| layer.channels)),
         ]
     };
-    history.decisions.iter().map(row).collect()
+    spread(history.decisions.len(), MOST_ROWS)
+        .into_iter()
+        .map(|index| row(&history.decisions[index]))
+        .collect()
 }
 
 fn recipe_yaml(history: &History) -> anyhow::Result<String> {

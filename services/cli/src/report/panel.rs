@@ -1,11 +1,16 @@
 //! One chart on a card: a line over the steps, or a map of coloured cells.
 
-use super::scale::{Scale, labels, smoothed, ticks};
+use super::scale::{Scale, labels, smoothed, thinned, ticks};
 use super::svg::{Anchor, Area, Stroke, Svg, TextStyle, colour};
 
 const TITLE: TextStyle = TextStyle::new(15.0, colour::INK).bold();
 const SUBTITLE: TextStyle = TextStyle::new(12.0, colour::MUTED);
 const TICK: TextStyle = TextStyle::new(11.5, colour::MUTED);
+
+/// A line has no more points than its picture has room for.
+const MOST_POINTS: usize = 1200;
+/// More marks than this would be a grey wall.
+const MOST_MARKS: usize = 60;
 
 /// A value over the optimizer steps.
 pub(crate) struct LinePanel<'a> {
@@ -28,8 +33,8 @@ impl LinePanel<'_> {
         svg.card(card);
         head(svg, card, self.title, &self.subtitle);
         let plot = card.inset(58.0, 62.0, 20.0, 44.0);
-        let finite: Vec<(f64, f64)> =
-            self.points.iter().copied().filter(|(_, value)| value.is_finite()).collect();
+        let finite = self.points.iter().copied().filter(|(_, value)| value.is_finite()).collect();
+        let finite = thinned(finite, MOST_POINTS);
         let values: Vec<f64> = finite.iter().map(|(_, value)| *value).collect();
         let window = (values.len() / 25).clamp(3, 25);
         let means = smoothed(&values, window);
@@ -54,7 +59,7 @@ impl LinePanel<'_> {
             svg.text((plot.left - 8.0, y + 4.0), &label, TICK.anchored(Anchor::End));
         }
         step_axis(svg, plot, across, first.0, last.0);
-        for mark in self.marks {
+        for mark in self.marks.iter().filter(|_| self.marks.len() <= MOST_MARKS) {
             let x = across.at(*mark);
             svg.line(
                 (x, plot.top),

@@ -63,6 +63,27 @@ pub(crate) fn labels(ticks: &[f64]) -> Vec<String> {
     ticks.iter().map(|tick| format!("{:.decimals$}", if *tick == 0.0 { 0.0 } else { *tick })).collect()
 }
 
+/// At most `most` points in the place of many: the means of runs of neighbours.
+#[must_use]
+pub(crate) fn thinned(points: Vec<(f64, f64)>, most: usize) -> Vec<(f64, f64)> {
+    let run = points.len().div_ceil(most.max(1));
+    if run <= 1 {
+        return points;
+    }
+    let mean = |part: &[(f64, f64)]| {
+        let (x, y) = part.iter().fold((0.0, 0.0), |(x, y), point| (x + point.0, y + point.1));
+        (x / part.len() as f64, y / part.len() as f64)
+    };
+    points.chunks(run).map(mean).collect()
+}
+
+/// At most `most` places out of `count`, evenly spread, the last among them.
+#[must_use]
+pub(crate) fn spread(count: usize, most: usize) -> Vec<usize> {
+    let shown = count.min(most.max(1));
+    (1..=shown).map(|index| index * count / shown - 1).collect()
+}
+
 /// A running mean over the last `window` values: what an eye follows in a noisy line.
 #[must_use]
 pub(crate) fn smoothed(values: &[f64], window: usize) -> Vec<f64> {
@@ -89,6 +110,17 @@ mod tests {
         assert_eq!(labels(&ticks(0.0, 1.0, 5)), ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]);
         assert_eq!(labels(&ticks(0.0, 100.0, 5)), ["0", "20", "40", "60", "80", "100"]);
         assert_eq!(labels(&ticks(0.0, 1e-4, 2))[0], "0");
+    }
+
+    #[test]
+    fn many_points_become_few_and_few_stay() {
+        let points: Vec<(f64, f64)> = (0..10).map(|index| (f64::from(index), 1.0)).collect();
+        assert_eq!(thinned(points.clone(), 10), points);
+        assert_eq!(thinned(points, 5), [(0.5, 1.0), (2.5, 1.0), (4.5, 1.0), (6.5, 1.0), (8.5, 1.0)]);
+        assert!(thinned(Vec::new(), 5).is_empty());
+        assert_eq!(spread(3, 9), [0, 1, 2]);
+        assert_eq!(spread(10, 4), [1, 4, 6, 9]);
+        assert!(spread(0, 4).is_empty());
     }
 
     #[test]
