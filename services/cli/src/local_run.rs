@@ -85,6 +85,8 @@ pub(crate) async fn plan_locally(spec: pb::RunSpec, options: &ClusterOptions) ->
     result
 }
 
+/// The run's trace begins here and goes on in the coordinator and the workers.
+#[tracing::instrument(name = "create run", skip_all)]
 async fn create(client: &mut RunClient, spec: pb::RunSpec, validate_only: bool) -> Result<pb::Run, Failure> {
     let request_id = uuid::Uuid::new_v4().to_string();
     let message = pb::CreateRunRequest { spec: Some(spec), validate_only, request_id };

@@ -10,6 +10,7 @@ mod local_cluster;
 mod local_paths;
 mod local_run;
 mod out_folder;
+mod output;
 mod progress;
 mod proto_json;
 mod report;
@@ -28,7 +29,7 @@ async fn main() -> ExitCode {
     match commands::run(args.command).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            eprintln!("{failure}");
+            output::tell(failure.to_string());
             failure.exit_code()
         }
     }

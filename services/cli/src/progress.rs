@@ -1,5 +1,6 @@
 //! One progress bar in a terminal, a plain line every few seconds elsewhere.
 
+use crate::output::tell;
 use crate::tables::state_name;
 use crate::units;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -47,7 +48,7 @@ impl Progress {
                 bar.set_message(text.to_owned());
             }
             Output::Lines { last } => {
-                eprintln!("{text}");
+                tell(text);
                 *last = None;
             }
         }
@@ -72,12 +73,12 @@ impl Progress {
             }
             Some(Kind::Decision(decision)) => {
                 if let Output::Lines { .. } = self.output {
-                    eprintln!(
+                    tell(format!(
                         "mask {} after step {}: {} of the projection weights gone",
                         decision.generation,
                         decision.step,
                         units::percent(decision.sparsity)
-                    );
+                    ));
                 }
             }
             Some(Kind::Export(_)) | None => {}
@@ -108,7 +109,7 @@ impl Progress {
             }
             Output::Lines { last } => {
                 if done == steps || last.is_none_or(|last| last.elapsed() >= LINE_INTERVAL) {
-                    eprintln!("step {done}/{steps}  {text}");
+                    tell(format!("step {done}/{steps}  {text}"));
                     *last = Some(Instant::now());
                 }
             }
@@ -119,7 +120,7 @@ impl Progress {
     pub(crate) fn note(&self, text: &str) {
         match &self.output {
             Output::Bar(bar) => bar.println(text),
-            Output::Lines { .. } => eprintln!("{text}"),
+            Output::Lines { .. } => tell(text),
         }
     }
 

@@ -141,6 +141,8 @@ pub(crate) enum ComputeName {
 pub(crate) enum StorageName {
     /// 32-bit floating point
     F32,
+    /// 64-bit floating point, with --compute f64
+    F64,
     /// bfloat16
     Bf16,
 }
@@ -263,6 +265,7 @@ impl StorageName {
     fn choice(self) -> Storage {
         match self {
             Self::F32 => Storage::F32,
+            Self::F64 => Storage::F64,
             Self::Bf16 => Storage::Bf16,
         }
     }

@@ -4,6 +4,7 @@ use crate::interrupts::Interrupts;
 use crate::local_cluster::ClusterOptions;
 use crate::local_run::run_locally;
 use crate::out_folder::pretty;
+use crate::output::say;
 use crate::progress::Progress;
 use crate::run_file::{Evaluation, RunFile, TextFile};
 use crate::{local_paths, proto_json, telemetry, units};
@@ -59,14 +60,12 @@ pub(crate) async fn run(args: EvalArgs) -> Result<(), Failure> {
     let evaluation =
         local.run.evaluations.last().ok_or_else(|| Failure::failed("the run ended without a measurement"))?;
     if args.json {
-        print!("{}", pretty(&proto_json::to_json(evaluation)?)?);
+        say(pretty(&proto_json::to_json(evaluation)?)?.trim_end());
     } else {
-        println!("perplexity         {:.4}", evaluation.perplexity);
-        println!("predicted tokens   {}", units::grouped(evaluation.predicted_tokens));
-        println!(
-            "took               {}",
-            units::duration(Duration::from_secs_f64(evaluation.seconds.max(0.0)))
-        );
+        say(format!("perplexity         {:.4}", evaluation.perplexity));
+        say(format!("predicted tokens   {}", units::grouped(evaluation.predicted_tokens)));
+        let took = units::duration(Duration::from_secs_f64(evaluation.seconds.max(0.0)));
+        say(format!("took               {took}"));
     }
     Ok(())
 }

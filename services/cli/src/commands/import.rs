@@ -1,5 +1,6 @@
 use crate::args::{ImportArgs, ImportDtype};
 use crate::failure::{Failure, OrBadInput};
+use crate::output::say;
 use crate::units;
 use checkpoint::{Dtype, import_gguf};
 
@@ -17,12 +18,12 @@ pub(crate) fn run(args: &ImportArgs) -> Result<(), Failure> {
         .iter()
         .map(|(block_type, count)| format!("{count} {block_type}"))
         .collect();
-    println!(
+    say(format!(
         "{}: {} parameters in {} layers, from {} tensors",
         args.out.display(),
         units::grouped(report.parameter_count),
         report.spec.layers.len(),
         types.join(", ")
-    );
+    ));
     Ok(())
 }

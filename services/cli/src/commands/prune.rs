@@ -4,6 +4,7 @@ use crate::interrupts::Interrupts;
 use crate::local_cluster::ClusterOptions;
 use crate::local_run::{LocalRun, plan_locally, run_locally};
 use crate::out_folder::OutFolder;
+use crate::output::say;
 use crate::progress::Progress;
 use crate::report::{History, Removals};
 use crate::run_file::{Evaluation, Export, RunFile};
@@ -53,9 +54,9 @@ pub(crate) async fn run(args: PruneArgs) -> Result<(), Failure> {
         return Err(failure.with_note(&format!("what was recorded is in `{}`", folder.root().display())));
     }
     if let Some(table) = tables::summary_table(&history) {
-        println!("{table}");
+        say(table);
     }
-    println!("{}", closing_words(&history, &report));
+    say(closing_words(&history, &report));
     Ok(())
 }
 
@@ -116,7 +117,7 @@ async fn dry_run(args: &PruneArgs, job: Job) -> Result<(), Failure> {
     options.roots.insert(scratch_path);
     options.roots.extend(out_root);
     let run = plan_locally(file.to_spec(), &options).await?;
-    println!("{}", tables::plan_table(&run.plan.unwrap_or_default()));
+    say(tables::plan_table(&run.plan.unwrap_or_default()));
     Ok(())
 }
 

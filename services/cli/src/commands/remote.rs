@@ -6,6 +6,7 @@ use crate::args::{
 use crate::failure::{Failure, from_status};
 use crate::follow::follow;
 use crate::out_folder::pretty;
+use crate::output::{say, tell};
 use crate::progress::Progress;
 use crate::proto_json::{Named, to_json};
 use crate::run_file::{Evaluation, Export, RunFile};
@@ -14,6 +15,7 @@ use service_kit::telemetry::Telemetry;
 use std::time::Duration;
 use tonic::Status;
 use tonic::transport::Channel;
+use tracing::{Instrument, info_span};
 use wire::client::{RunClient, connected_channel, registry_client, run_client, within};
 use wire::{limits, pb};
 
@@ -30,9 +32,9 @@ async fn connect(remote: &RemoteArgs) -> Result<(Channel, Telemetry), Failure> {
 /// Prints the answer as JSON, or as `table` puts it.
 fn show<M: Named>(remote: &RemoteArgs, message: &M, table: impl FnOnce(&M) -> String) -> Result<(), Failure> {
     if remote.json {
-        print!("{}", pretty(&to_json(message)?)?);
+        say(pretty(&to_json(message)?)?.trim_end());
     } else {
-        println!("{}", table(message));
+        say(table(message));
     }
     Ok(())
 }
@@ -55,12 +57,13 @@ pub(crate) async fn create(args: CreateArgs) -> Result<(), Failure> {
     let message = pb::CreateRunRequest { spec: Some(spec), validate_only: args.validate_only, request_id };
     let response = client
         .create_run(within(limits::QUICK_CALL, message))
+        .instrument(info_span!("create run"))
         .await
         .map_err(refused("the run cannot be made"))?
         .into_inner();
     let id = response.run.as_ref().map_or(String::new(), |run| run.id.clone());
     if args.watch {
-        eprintln!("run {id}");
+        tell(format!("run {id}"));
         return watch_run(client, &id, 0, args.remote.json).await;
     }
     show(&args.remote, &response, |response| match &response.run {
@@ -126,7 +129,7 @@ async fn watch_run(mut client: RunClient, id: &str, from: u64, json: bool) -> Re
         }
         match &mut progress {
             Some(progress) => progress.event(event),
-            None => println!("{}", to_json(event)?),
+            None => say(to_json(event)?.to_string()),
         }
         Ok(())
     })
@@ -136,7 +139,7 @@ async fn watch_run(mut client: RunClient, id: &str, from: u64, json: bool) -> Re
     let words = format!("the run {}: {}", tables::state_name(change.state()), change.message);
     if change.state() == pb::RunState::Succeeded {
         if !json {
-            println!("{words}");
+            say(&words);
         }
         Ok(())
     } else {
@@ -149,8 +152,11 @@ async fn watch_run(mut client: RunClient, id: &str, from: u64, json: bool) -> Re
 pub(crate) async fn cancel(args: RunIdArgs) -> Result<(), Failure> {
     let (channel, _telemetry) = connect(&args.remote).await?;
     let request = within(limits::QUICK_CALL, pb::CancelRunRequest { id: args.id });
-    let response =
-        run_client(channel).cancel_run(request).await.map_err(refused("the run cannot be cancelled"))?;
+    let response = run_client(channel)
+        .cancel_run(request)
+        .instrument(info_span!("cancel run"))
+        .await
+        .map_err(refused("the run cannot be cancelled"))?;
     let run = response.into_inner().run;
     show(&args.remote, &pb::GetRunResponse { run }, |response| run_or_none(&response.run))
 }
@@ -169,6 +175,7 @@ pub(crate) async fn evaluate(args: EvaluateArgs) -> Result<(), Failure> {
     let message = pb::EvaluateRunRequest { id: args.id, evaluation: Some(evaluation.to_pb()) };
     let response = run_client(channel)
         .evaluate_run(within(LONG_CALL, message))
+        .instrument(info_span!("evaluate run"))
         .await
         .map_err(refused("the run cannot be measured"))?;
     show(&args.remote, &response.into_inner(), |response| {
@@ -189,6 +196,7 @@ pub(crate) async fn export(args: ExportArgs) -> Result<(), Failure> {
     let message = pb::ExportRunRequest { id: args.id, export: Some(export.to_pb()) };
     let response = run_client(channel)
         .export_run(within(LONG_CALL, message))
+        .instrument(info_span!("export run"))
         .await
         .map_err(refused("the run cannot be exported"))?;
     show(&args.remote, &response.into_inner(), |response| {

@@ -1,6 +1,7 @@
 use crate::args::ReportArgs;
 use crate::failure::{Failure, OrBadInput};
 use crate::out_folder::read_beside;
+use crate::output::say;
 use crate::report::{History, page, picture};
 use anyhow::Context;
 use std::path::Path;
@@ -11,10 +12,10 @@ pub(crate) fn run(args: &ReportArgs) -> Result<(), Failure> {
     let mut history = History::read(&args.events).or_bad_input()?;
     read_beside(&args.events, args.run.as_deref(), &mut history).or_bad_input()?;
     write(&args.out, &page(&history)?)?;
-    println!("{}", args.out.display());
+    say(args.out.display().to_string());
     if let Some(svg) = &args.svg {
         write(svg, &picture(&history))?;
-        println!("{}", svg.display());
+        say(svg.display().to_string());
     }
     Ok(())
 }
