@@ -3,7 +3,6 @@
 use super::Removals;
 use crate::proto_json;
 use anyhow::Context;
-use std::io::BufRead;
 use std::path::Path;
 use wire::pb;
 
@@ -88,17 +87,21 @@ impl History {
     /// # Errors
     /// When the file cannot be read, is empty, or a line is no event: with its number.
     pub(crate) fn read(path: &Path) -> anyhow::Result<Self> {
-        let file =
-            std::fs::File::open(path).with_context(|| format!("failed to open `{}`", path.display()))?;
+        let text =
+            std::fs::read_to_string(path).with_context(|| format!("failed to read `{}`", path.display()))?;
         let mut history = Self::default();
         let mut count = 0;
-        for (index, line) in std::io::BufReader::new(file).lines().enumerate() {
+        for (index, line) in text.split_inclusive('\n').enumerate() {
             let place = || format!("`{}` line {}", path.display(), index + 1);
-            let line = line.with_context(place)?;
             if line.trim().is_empty() {
                 continue;
             }
-            let value = serde_json::from_str(&line).with_context(|| format!("{} is not JSON", place()))?;
+            let value = match serde_json::from_str(line) {
+                Ok(value) => value,
+                // Whoever wrote it was killed in the middle of it.
+                Err(_) if !line.ends_with('\n') => break,
+                Err(error) => return Err(error).with_context(|| format!("{} is not JSON", place())),
+            };
             history.note(&proto_json::from_json(&value).with_context(place)?);
             count += 1;
         }
@@ -219,6 +222,17 @@ pub(crate) mod tests {
         assert_eq!(history.step_seconds(), Some(FirstLast { first: 2.0, last: 1.0 }));
         assert_eq!(history.memory_bytes(), Some(FirstLast { first: 1000.0, last: 500.0 }));
         assert_eq!(history.pruned_parameters(), Some(600));
+    }
+
+    #[test]
+    fn events_are_read_up_to_where_a_killed_run_left_off() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("events.jsonl");
+        let event = "{\"revision\": 1, \"evaluation\": {\"perplexity\": 7.5}}\n";
+        std::fs::write(&path, format!("{event}{event}{{\"revis")).unwrap();
+        assert_eq!(History::read(&path).unwrap().evaluations.len(), 2);
+        std::fs::write(&path, format!("{event}{{\"revis\n{event}")).unwrap();
+        assert!(format!("{:#}", History::read(&path).unwrap_err()).contains("line 2 is not JSON"));
     }
 
     #[test]
