@@ -15,7 +15,7 @@ use engine::{ExportDtype, ExportJob, ExportWritten};
 use model_spec::{Block, ModelSpec, Projection, Split};
 use pruning::LayerKeep;
 use sharding::{Placement, RankLayer};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -208,16 +208,18 @@ impl Merge<'_> {
             Split::Column => 0,
             Split::Row => 1,
         };
-        let (mut parts, mut order) = (Vec::new(), Vec::new());
+        let (mut parts, mut places) = (Vec::new(), HashMap::new());
         for rank in self.ranks {
             parts.push(rank.tensor(&name)?);
-            order.extend(split_features(&rank.held[layer], projection, self.pruned.head_dim));
+            for feature in split_features(&rank.held[layer], projection, self.pruned.head_dim) {
+                places.insert(feature, places.len() as i64);
+            }
         }
         let all = Tensor::f_cat(&parts, dim)?;
         let positions = features
             .iter()
             .map(|feature| {
-                order.iter().position(|held| held == feature).map(|place| place as i64).ok_or_else(|| {
+                places.get(feature).copied().ok_or_else(|| {
                     Fault::Refused(format!(
                         "no rank's checkpoint holds feature {feature} of layer {layer} {projection}"
                     ))
@@ -398,7 +400,12 @@ fn logits_of_folder(model: &Path, prompts: &[Vec<u32>], out: &Path) -> Result<()
     let spec = source.spec();
     let placement = Placement::dense(spec, 1).map_err(|error| Fault::Refused(error.to_string()))?;
     let held = &placement.ranks[0];
-    let mut loaded = Model::load(&source, held, 0..spec.vocab_size, Kind::Float, Kind::Float, Device::Cpu)?;
+    // Held as the file has it, half the memory for a 16-bit one; each product widens what it needs.
+    let storage = match source.view(checkpoint::EMBEDDING)?.dtype {
+        Dtype::F64 => Kind::Float,
+        narrow @ (Dtype::F32 | Dtype::Bf16 | Dtype::F16) => kind_of(narrow),
+    };
+    let mut loaded = Model::load(&source, held, 0..spec.vocab_size, storage, Kind::Float, Device::Cpu)?;
     let layout = FactorLayout::new(spec, held, 1);
     let factors = layout.zeros(Kind::Float, Device::Cpu)?;
     let adapters =
