@@ -47,10 +47,15 @@ pub(crate) fn rows(history: &History) -> Vec<Row> {
             name: "step time",
             before: units::duration(Duration::from_secs_f64(change.first)),
             after: units::duration(Duration::from_secs_f64(change.last)),
-            change: format!("{:.2}x faster", change.first / change.last.max(1e-9)),
+            change: speed(change.first, change.last),
         });
     }
     rows
+}
+
+fn speed(before: f64, after: f64) -> String {
+    let factor = before.max(1e-9) / after.max(1e-9);
+    if factor >= 1.0 { format!("{factor:.2}x faster") } else { format!("{:.2}x slower", 1.0 / factor) }
 }
 
 fn relative(before: f64, after: f64) -> String {
