@@ -9,7 +9,11 @@ pub(crate) fn resident_bytes() -> u64 {
     pages.unwrap_or(0) * u64::try_from(page_bytes).unwrap_or(4096)
 }
 
-/// Makes the process keep memory that it has freed, up to 2 GiB, instead of giving it back at once.
+/// The largest block that glibc lets its heap hold; a larger threshold is ignored.
+#[cfg(target_env = "gnu")]
+const MOST_KEPT_BYTES: libc::c_int = 32 << 20;
+
+/// Makes the process keep memory that it has freed, in blocks of up to 32 MiB, instead of giving it back at once.
 ///
 /// Activations of megabytes come and go many times a second. By default each would be mapped anew from the system, which
 /// zeroes its pages: a quarter of a training step. Call [`give_back`] when less is needed for good.
@@ -18,7 +22,7 @@ pub(crate) fn keep_freed_memory() {
     // SAFETY: sets parameters of the C library's allocator; values out of its range are ignored.
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 1);
-        libc::mallopt(libc::M_MMAP_THRESHOLD, i32::MAX);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, MOST_KEPT_BYTES);
         libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
         libc::mallopt(libc::M_TOP_PAD, 64 << 20);
     }
