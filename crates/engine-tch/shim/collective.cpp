@@ -6,11 +6,20 @@
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 #include <torch/version.h>
 
+#include <cstdlib>
+
 static_assert(
     TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR == 11,
     "the declarations in gloo_decls were checked against libtorch 2.11 only");
 
 using std::chrono::milliseconds;
+
+// libtorch's flight recorder keeps the last collectives of a process in maps that it changes without a lock, so two
+// groups in one process (ranks as threads, or an old session ending while a new one begins) can destroy them. Nobody
+// here reads it: it is off, unless asked for. Set before main, while there is one thread.
+__attribute__((constructor)) static void no_flight_recorder() {
+  setenv("TORCH_FR_BUFFER_SIZE", "0", /*overwrite=*/0);
+}
 
 struct Store {
   c10::intrusive_ptr<c10d::TCPStore> tcp;
