@@ -29,7 +29,13 @@ fn main() {
         ("avx512", ["-march=x86-64-v4", "-mprefer-vector-width=512"].as_slice()),
     ] {
         let mut build = cc::Build::new();
-        build.cpp(true).std("c++17").opt_level(3).debug(false).define("LEVEL", level).file("shim/kernels.cpp");
+        build
+            .cpp(true)
+            .std("c++17")
+            .opt_level(3)
+            .debug(false)
+            .define("LEVEL", level)
+            .file("shim/kernels.cpp");
         for flag in ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"] {
             build.flag(flag);
         }

@@ -10,7 +10,9 @@ use tch::{Device, Kind, Tensor};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let model = std::path::PathBuf::from(arguments.first().ok_or("usage: step MODEL [rows] [window] [micro] [threads]")?);
+    let model = std::path::PathBuf::from(
+        arguments.first().ok_or("usage: step MODEL [rows] [window] [micro] [threads]")?,
+    );
     let number = |place: usize, default: usize| -> Result<usize, std::num::ParseIntError> {
         arguments.get(place).map_or(Ok(default), |text| text.parse())
     };
@@ -24,11 +26,20 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let setup =
         ShardSetup { model, recipe, tp_rank: 0, tp_degree: 1, collective_timeout: Duration::from_secs(5) };
     let mut shard = engine.load(setup)?;
-    println!("load {:.2} s, {:.0} MB resident", started.elapsed().as_secs_f64(), shard.memory_bytes() as f64 / 1e6);
+    println!(
+        "load {:.2} s, {:.0} MB resident",
+        started.elapsed().as_secs_f64(),
+        shard.memory_bytes() as f64 / 1e6
+    );
     let rows: Vec<Vec<u32>> = (0..batch.rows)
-        .map(|row| (0..batch.window_tokens).map(|token| ((row * 977 + token * 131) % spec.vocab_size) as u32).collect())
+        .map(|row| {
+            (0..batch.window_tokens)
+                .map(|token| ((row * 977 + token * 131) % spec.vocab_size) as u32)
+                .collect()
+        })
         .collect();
-    let micro: Vec<Vec<&[u32]>> = (0..batch.micro_batches).map(|_| rows.iter().map(Vec::as_slice).collect()).collect();
+    let micro: Vec<Vec<&[u32]>> =
+        (0..batch.micro_batches).map(|_| rows.iter().map(Vec::as_slice).collect()).collect();
     let weights = spec.projection_weight_count() + (spec.vocab_size * spec.hidden_size) as u64;
     for step in 0..4 {
         let (product, rate) = (Instant::now(), gemm_gflops());

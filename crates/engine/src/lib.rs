@@ -5,6 +5,6 @@ mod shard_engine;
 pub mod toy;
 
 pub use shard_engine::{
-    Engine, EngineError, ExportDtype, ExportJob, ExportWritten, MaskApplied, NllSum, ProjectionScores, Rendezvous, ShardEngine,
-    ShardSetup, StepOutcome,
+    Engine, EngineError, ExportDtype, ExportJob, ExportWritten, MaskApplied, NllSum, ProjectionScores,
+    Rendezvous, ShardEngine, ShardSetup, StepOutcome,
 };

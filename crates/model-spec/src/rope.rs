@@ -14,7 +14,9 @@ pub struct Rope {
 pub enum RopeScaling {
     None,
     /// Every frequency divided by `factor`.
-    Linear { factor: f64 },
+    Linear {
+        factor: f64,
+    },
     /// Llama 3.1: long wavelengths divided by `factor`, short ones kept, a linear blend between.
     Llama3 {
         factor: f64,

@@ -29,7 +29,9 @@ pub struct ModelSpec {
 pub enum InvalidModelSpec {
     #[error("`{field}` must be at least 1")]
     Zero { field: &'static str },
-    #[error("layer {layer}: `num_attention_heads` {query_heads} is not a multiple of `num_key_value_heads` {kv_heads}")]
+    #[error(
+        "layer {layer}: `num_attention_heads` {query_heads} is not a multiple of `num_key_value_heads` {kv_heads}"
+    )]
     UnevenGroups { layer: usize, query_heads: usize, kv_heads: usize },
     #[error("`head_dim` {head_dim} is odd; rotary embeddings need pairs")]
     OddHeadDim { head_dim: usize },
@@ -146,7 +148,11 @@ mod tests {
             rope: Rope { theta: 10_000.0, scaling: RopeScaling::None },
             tie_word_embeddings: false,
             layers: vec![
-                LayerSpec { query_head_count: heads, kv_head_count: heads, intermediate_size: intermediate };
+                LayerSpec {
+                    query_head_count: heads,
+                    kv_head_count: heads,
+                    intermediate_size: intermediate
+                };
                 layers
             ],
         }

@@ -41,7 +41,10 @@ impl Criterion {
     pub fn normalises_projections(self) -> bool {
         match self {
             Self::LoraPrune { form: LoraPruneForm::Code } => true,
-            Self::LoraPrune { form: LoraPruneForm::Paper } | Self::Taylor | Self::Magnitude | Self::Random => false,
+            Self::LoraPrune { form: LoraPruneForm::Paper }
+            | Self::Taylor
+            | Self::Magnitude
+            | Self::Random => false,
         }
     }
 }

@@ -99,7 +99,10 @@ impl Recipe {
     pub fn violations(&self) -> Vec<FieldViolation> {
         let mut found = Violations::default();
         found.require(self.batch.window_tokens >= 2, "batch.window_tokens", || {
-            format!("must be at least 2, so that one token can be predicted; got {}", self.batch.window_tokens)
+            format!(
+                "must be at least 2, so that one token can be predicted; got {}",
+                self.batch.window_tokens
+            )
         });
         found.require(self.batch.rows >= 1, "batch.rows", || "must be at least 1".into());
         found.require(self.batch.micro_batches >= 1, "batch.micro_batches", || "must be at least 1".into());

@@ -35,13 +35,17 @@ impl Optimizer {
     pub(crate) fn check(&self, found: &mut Violations) {
         let Self::AdamW(adamw) = self;
         for (field, value) in [("optimizer.beta1", adamw.beta1), ("optimizer.beta2", adamw.beta2)] {
-            found.require(in_unit_interval(value, false), field, || format!("must lie in [0, 1); got {value}"));
+            found.require(in_unit_interval(value, false), field, || {
+                format!("must lie in [0, 1); got {value}")
+            });
         }
         found.require(adamw.eps.is_finite() && adamw.eps > 0.0, "optimizer.eps", || {
             format!("must be a positive number; got {}", adamw.eps)
         });
-        found.require(adamw.weight_decay.is_finite() && adamw.weight_decay >= 0.0, "optimizer.weight_decay", || {
-            format!("must be zero or positive; got {}", adamw.weight_decay)
-        });
+        found.require(
+            adamw.weight_decay.is_finite() && adamw.weight_decay >= 0.0,
+            "optimizer.weight_decay",
+            || format!("must be zero or positive; got {}", adamw.weight_decay),
+        );
     }
 }

@@ -103,9 +103,11 @@ impl Protection {
 
 impl Pruning {
     pub(crate) fn check(&self, steps: u64, found: &mut Violations) {
-        found.require(in_unit_interval(self.moving_average_decay, false), "pruning.moving_average_decay", || {
-            format!("must lie in [0, 1); got {}", self.moving_average_decay)
-        });
+        found.require(
+            in_unit_interval(self.moving_average_decay, false),
+            "pruning.moving_average_decay",
+            || format!("must lie in [0, 1); got {}", self.moving_average_decay),
+        );
         match self.budget {
             Budget::Sparsity(sparsity) => {
                 found.require(in_unit_interval(sparsity, false), "pruning.budget.sparsity", || {

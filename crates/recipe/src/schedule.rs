@@ -127,8 +127,11 @@ impl Ramp {
     }
 
     pub(crate) fn check(&self, steps: u64, found: &mut Violations) {
-        for (field, value) in [("pruning.ramp.warmup", self.warmup), ("pruning.ramp.cooldown", self.cooldown)] {
-            found.require(in_unit_interval(value, false), field, || format!("must lie in [0, 1); got {value}"));
+        for (field, value) in [("pruning.ramp.warmup", self.warmup), ("pruning.ramp.cooldown", self.cooldown)]
+        {
+            found.require(in_unit_interval(value, false), field, || {
+                format!("must lie in [0, 1); got {value}")
+            });
         }
         found.require(self.every >= 1, "pruning.ramp.every", || "must be at least 1".into());
         if steps > 0 && in_unit_interval(self.warmup, false) && in_unit_interval(self.cooldown, false) {
