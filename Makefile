@@ -17,6 +17,11 @@ DEMO_RUN := deploy/runs/demo.yaml
 DEMO_OUT := out/demo
 DEPLOY_VENV := .cache/deploy-venv
 INTEROP_VENV := .cache/interop
+BENCH_PACKAGES := .cache/bench-packages
+BENCH := PYTHONPATH=$(BENCH_PACKAGES) CARGO=$(CARGO) $(INTEROP_VENV)/bin/python benches/speed/bench.py
+BENCH_DOCS := PYTHONPATH=$(BENCH_PACKAGES) $(INTEROP_VENV)/bin/python benches/speed/docs.py
+# Such as "--rounds 5" or "--cases smollm2".
+BENCH_FLAGS ?=
 
 .PHONY: help
 help: ## list the targets
@@ -47,6 +52,11 @@ $(DEMO_MODEL)/.imported: $(DEMO)/SmolLM2-135M-Instruct.Q4_1.gguf $(ESPALIER)
 	$(ESPALIER) import --gguf $< --out $(DEMO_MODEL)
 	@touch $@
 
+.PHONY: gpu-check
+gpu-check: build ## pack out/gpu-check.tar.gz, which checks and measures on a machine with a GPU (docs/gpu.md)
+	$(CARGO) build --release --locked -p engine-tch --example gpu_check
+	@$(PYTHON) scripts/gpu_check/pack.py
+
 .PHONY: test
 test: test-rust test-deploy ## run all tests but the ones against transformers
 
@@ -57,14 +67,54 @@ test-rust: setup ## run the Rust tests, on real processes where they need them
 	$(CARGO) test --workspace --locked --no-fail-fast
 
 .PHONY: test-deploy
-test-deploy: setup $(DEPLOY_VENV)/.installed ## check chart, images, compose file, scripts and schemas
-	$(CARGO) build --bins --locked -p coordinator -p worker
+test-deploy: setup $(DEPLOY_VENV)/.installed ## check chart, images, compose file, scripts, schemas and the table of quality
+	$(CARGO) build --bins --locked -p coordinator -p worker -p espalier
+	$(CARGO) build --locked -p engine-tch --example gpu_check
 	$(DEPLOY_VENV)/bin/python -m pytest tests/deploy
 
 .PHONY: test-interop
-test-interop: setup $(INTEROP_VENV)/.installed ## load exported models in transformers (installs torch, 3 GB, once)
+test-interop: setup $(INTEROP_VENV)/.installed $(BENCH_PACKAGES)/.installed ## load exported models in transformers, run the benches in small (installs torch, 3 GB, once)
 	$(CARGO) build --workspace --bins --locked
+	$(CARGO) build --locked -p engine-tch --example step
 	$(INTEROP_VENV)/bin/python -m pytest tests/interop
+
+# One at a time, whatever -j says.
+.NOTPARALLEL: bench
+.PHONY: bench
+bench: bench-step bench-run bench-tp bench-startup bench-decision ## measure all of the below, into benches/results and docs/benchmarks.md (hours; goes on where it was)
+
+.PHONY: bench-step
+bench-step: bench-build ## time one optimizer step, with its memory and its scores, against PyTorch + peft
+	@$(BENCH) step $(BENCH_FLAGS)
+	@$(BENCH_DOCS)
+
+.PHONY: bench-run
+bench-run: bench-build ## time a whole run to 50 % that slices, one that masks, and a plain PyTorch loop
+	@$(BENCH) run $(BENCH_FLAGS)
+	@$(BENCH_DOCS)
+
+.PHONY: bench-tp
+bench-tp: bench-build ## time two workers of one thread against one of two
+	@$(BENCH) tp $(BENCH_FLAGS)
+	@$(BENCH_DOCS)
+
+.PHONY: bench-startup
+bench-startup: bench-build ## time the start of a run of 135M and of 7B weights (14 GB on disk), page cache cold and warm
+	@$(BENCH) startup $(BENCH_FLAGS)
+	@$(BENCH_DOCS)
+
+.PHONY: bench-decision
+bench-decision: bench-build ## time the coordinator's decision for LLaMA-7B and LLaMA-65B
+	@$(BENCH) decision $(BENCH_FLAGS)
+	@$(BENCH_DOCS)
+
+.PHONY: bench-docs
+bench-docs: $(INTEROP_VENV)/.installed $(BENCH_PACKAGES)/.installed ## write tables and pictures of docs/benchmarks.md from benches/results
+	@$(BENCH_DOCS)
+
+.PHONY: bench-build
+bench-build: build $(INTEROP_VENV)/.installed $(BENCH_PACKAGES)/.installed
+	$(CARGO) build --release --locked -p engine-tch --example step
 
 .PHONY: lint
 lint: setup $(DEPLOY_VENV)/.installed ## check format, clippy and the schemas
@@ -75,7 +125,7 @@ lint: setup $(DEPLOY_VENV)/.installed ## check format, clippy and the schemas
 .PHONY: clean
 clean: ## remove what was built and made; keep what was fetched (.libtorch, .cache/wheels)
 	$(CARGO) clean
-	rm -rf out $(DEMO) $(DEPLOY_VENV) $(INTEROP_VENV)
+	rm -rf out $(DEMO) $(DEPLOY_VENV) $(INTEROP_VENV) $(BENCH_PACKAGES) .cache/bench
 
 # Environments are made from scratch, and marked last: a half one never counts.
 $(DEPLOY_VENV)/.installed: tests/deploy/requirements.txt
@@ -90,4 +140,10 @@ $(INTEROP_VENV)/.installed: tests/interop/requirements.txt
 	$(PYTHON) -m venv --clear $(INTEROP_VENV)
 	$(INTEROP_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
 	  --only-binary=:all: --requirement $<
+	@touch $@
+
+$(BENCH_PACKAGES)/.installed: benches/requirements.txt $(INTEROP_VENV)/.installed
+	rm -rf $(BENCH_PACKAGES)
+	$(INTEROP_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes \
+	  --only-binary=:all: --target $(BENCH_PACKAGES) --requirement $<
 	@touch $@

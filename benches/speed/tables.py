@@ -1,0 +1,202 @@
+"""Results as Markdown tables."""
+
+import decision
+import shapes
+import startup
+import step
+import tensor_parallel
+import whole_run
+
+TITLES = {shape.name: shape.title for shape in (shapes.LLAMA, shapes.SMOLLM2, shapes.LLAMA_7B, shapes.TINY)}
+MISSING = "–"
+
+
+def seconds(value):
+    if value is None:
+        return MISSING
+    if value < 0.9995:
+        return f"{value * 1e3:.3g} ms" if value < 0.1 else f"{value * 1e3:.0f} ms"
+    return f"{value:.2f} s" if value < 100 else f"{value:.0f} s"
+
+
+def gigabytes(value):
+    return MISSING if value is None else f"{value / 1e9:.2f} GB"
+
+
+def times(value):
+    return MISSING if value is None else f"{value:.2f}x"
+
+
+def percent(value, digits=0):
+    return MISSING if value is None else f"{value * 100:.{digits}f} %"
+
+
+def number(value):
+    return MISSING if value is None else f"{value:,.0f}"
+
+
+def table(head, rows):
+    """`head` are titles; one that ends in `:` is set right."""
+    titles = [title.rstrip(":") for title in head]
+    rules = ["---:" if title.endswith(":") else "---" for title in head]
+    lines = [titles, rules, *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def title_of(case):
+    return TITLES.get(case.split()[0], case)
+
+
+def product_rate(figures, case):
+    """The plain product's: the better of the sides' medians, as one machine has one."""
+    found = [figures.median(case, side, "product_gflop_per_s") for side in (step.OURS, step.PEFT)]
+    return max((rate for rate in found if rate), default=None)
+
+
+def share(figures, case, side):
+    rate, product = figures.median(case, side, "gflop_per_s"), product_rate(figures, case)
+    return rate / product if rate and product else None
+
+
+SPEED_GOALS = {shapes.LLAMA.name: ("0.75", "1.75x"), shapes.SMOLLM2.name: ("0.65", "1.95x")}
+
+
+def of_step(figures):
+    rows, against, scores = [], [], []
+    for case in figures.cases():
+        tokens = figures.median(case, step.OURS, "tokens") or figures.median(case, step.PEFT, "tokens")
+        for side, name in ((step.OURS, "ours"), (step.PEFT, "PyTorch + peft")):
+            step_s = figures.median(case, side, "step_s")
+            rows.append(
+                [
+                    title_of(case),
+                    number(tokens),
+                    name,
+                    seconds(step_s),
+                    number(tokens / step_s if step_s else None),
+                    number(figures.median(case, side, "gflop_per_s")),
+                    number(product_rate(figures, case)),
+                    MISSING if (part := share(figures, case, side)) is None else f"{part:.2f}",
+                    gigabytes(figures.median(case, side, "peak_resident_bytes")),
+                    gigabytes(figures.median(case, side, "idle_resident_bytes")),
+                ]
+            )
+        part, ratio = SPEED_GOALS.get(case.split()[0], (MISSING, MISSING))
+        against.append(
+            [
+                title_of(case),
+                number(tokens),
+                times(figures.ratio(case, step.PEFT, step.OURS, "step_s")),
+                ratio,
+                MISSING if (ours := share(figures, case, step.OURS)) is None else f"{ours:.2f}",
+                part,
+                times(figures.ratio(case, step.OURS, step.PEFT, "peak_resident_bytes")),
+                "0.5x",
+            ]
+        )
+        score_s, step_s = figures.median(case, step.OURS, "score_s"), figures.median(case, step.OURS, "step_s")
+        plain_s = figures.median(case, step.SCORED, "score_s")
+        scores.append(
+            [
+                title_of(case),
+                number(tokens),
+                seconds(score_s),
+                percent(score_s / step_s if score_s and step_s else None, 1),
+                seconds(plain_s),
+                times(plain_s / score_s if score_s and plain_s else None),
+            ]
+        )
+    columns = ["shape", "tokens a step:", "", "step:", "tokens/s:", "GFLOP/s:", "plain product:", "share:", "peak memory:"]
+    return [
+        table([*columns, "libraries alone:"], rows),
+        table(["shape", "tokens a step:", "faster:", "goal:", "share:", "goal:", "memory:", "goal:"], against),
+        table(["shape", "tokens a step:", "score pass:", "of the step:", "straight PyTorch:", "faster:"], scores),
+    ]
+
+
+def of_run(figures):
+    rows, pauses = [], []
+    for case in figures.cases():
+        live_s = figures.median(case, whole_run.LIVE, "train_s")
+        goals = {whole_run.LIVE: MISSING, whole_run.NEVER: "1.4x", whole_run.PLAIN: "2.5x"}
+        names = {whole_run.LIVE: "`--shrink live`", whole_run.NEVER: "`--shrink never`", whole_run.PLAIN: "PyTorch + peft, masks"}
+        for side in whole_run.sides(case):
+            train_s = figures.median(case, side, "train_s")
+            rows.append(
+                [
+                    title_of(case),
+                    names[side],
+                    seconds(train_s),
+                    seconds(figures.median(case, side, "dense_step_s")),
+                    seconds(figures.median(case, side, "last_step_s")),
+                    gigabytes(figures.median(case, side, "peak_resident_bytes")),
+                    times(train_s / live_s if train_s and live_s else None),
+                    goals[side],
+                ]
+            )
+        pauses.append(pause_row(figures, case, whole_run.LIVE, "1"))
+    head = ["shape", "", "training:", "first steps:", "last steps:", "peak memory:", "live is faster by:", "goal:"]
+    return [table(head, rows), table(PAUSE_HEAD, pauses)]
+
+
+PAUSE_HEAD = ["shape", "workers:", "last score to decision:", "last score to mask applied:", "checkpoint:"]
+
+
+def pause_row(figures, case, side, workers):
+    found = (figures.median(case, side, name) for name in ("decide_s", "mask_applied_s", "checkpoint_s"))
+    return [title_of(case), workers, *map(seconds, found)]
+
+
+def of_tp(figures):
+    rows, pauses = [], []
+    for case in figures.cases():
+        rows.append(
+            [
+                title_of(case),
+                case.split()[-1],
+                seconds(figures.median(case, tensor_parallel.ONE, "dense_step_s")),
+                seconds(figures.median(case, tensor_parallel.TWO, "dense_step_s")),
+                times(figures.ratio(case, tensor_parallel.ONE, tensor_parallel.TWO, "dense_step_s")),
+                "0.9x",
+            ]
+        )
+        pauses.append(pause_row(figures, case, tensor_parallel.TWO, "2"))
+    head = ["shape", "tokens a step", f"{tensor_parallel.ONE}:", f"{tensor_parallel.TWO}:", "speed of the latter:", "goal:"]
+    return [table(head, rows), table(PAUSE_HEAD, pauses)]
+
+
+def of_startup(figures):
+    rows = []
+    for case in figures.cases():
+        storage = next((sample["storage"] for sample in figures.samples if sample["case"] == case), MISSING)
+        rows.append(
+            [
+                title_of(case),
+                gigabytes(figures.median(case, startup.WARM, "model_bytes")),
+                storage,
+                *(
+                    seconds(figures.median(case, side, name))
+                    for side in (startup.COLD, startup.WARM)
+                    for name in ("running_s", "load_s")
+                ),
+            ]
+        )
+    head = ["shape", "weights, bf16:", "held in", "cold: first step after:", "of that loading:"]
+    return [table([*head, "warm: first step after:", "of that loading:"], rows)]
+
+
+def of_decision(figures):
+    rows = []
+    for case in figures.cases():
+        for shape in ("uniform", "paper", "global"):
+            whole = figures.median(case, decision.SIDE, f"run-{shape}")
+            if whole is None:
+                continue
+            parts = ("combine", "average", f"decide-{shape}-first", f"decide-{shape}-last")
+            parts = [seconds(figures.median(case, decision.SIDE, part)) for part in parts]
+            rows.append([f"LLaMA-{case.upper()}", f"`{shape}`", *parts, seconds(whole), "50 ms" if case == "65b" else MISSING])
+    head = ["model", "shape", "normalise, add:", "average:", "decide, first:", "decide, last:", "all of it:", "goal:"]
+    return [table(head, rows)]
+
+
+TABLES = {"step": of_step, "run": of_run, "tp": of_tp, "startup": of_startup, "decision": of_decision}
