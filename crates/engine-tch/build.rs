@@ -20,7 +20,16 @@ fn main() {
         .include("shim/gloo_decls")
         .include(include.join("torch/csrc/api/include"))
         .include(&include)
-        .files(["shim/collective.cpp", "shim/ops.cpp", "shim/fused.cpp"])
+        .files([
+            "shim/collective.cpp",
+            "shim/ops.cpp",
+            "shim/fused.cpp",
+            "shim/low_rank_ops.cpp",
+            "shim/attention_ops.cpp",
+            "shim/scores_ops.cpp",
+            "shim/matmul.cpp",
+            "shim/device.cpp",
+        ])
         .compile("espalier_shim");
     // One build of the loops for each level of instructions; NaN and infinity keep their meaning in all of them.
     for (level, flags) in [
@@ -29,13 +38,12 @@ fn main() {
         ("avx512", ["-march=x86-64-v4", "-mprefer-vector-width=512"].as_slice()),
     ] {
         let mut build = cc::Build::new();
-        build
-            .cpp(true)
-            .std("c++17")
-            .opt_level(3)
-            .debug(false)
-            .define("LEVEL", level)
-            .file("shim/kernels.cpp");
+        build.cpp(true).std("c++17").opt_level(3).debug(false).define("LEVEL", level).files([
+            "shim/kernels.cpp",
+            "shim/low_rank.cpp",
+            "shim/attention.cpp",
+            "shim/scores.cpp",
+        ]);
         for flag in ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"] {
             build.flag(flag);
         }

@@ -18,9 +18,11 @@ FIXTURES = REPOSITORY / "tests" / "fixtures"
 MODELS = FIXTURES / "models"
 GOLDENS = FIXTURES / "goldens"
 TRAINING_TEXT = FIXTURES / "text" / "tiny.txt"
+TASKS = sorted((FIXTURES / "tasks").glob("*.jsonl"))
 
 PRUNE_TIMEOUT_SECONDS = 300
 LOGITS_TIMEOUT_SECONDS = 60
+EVAL_TIMEOUT_SECONDS = 120
 LORA_RANK = 4
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -95,6 +97,13 @@ class Espalier:
         written = load_file(out)
         assert written["input_ids"].tolist() == [list(tokens)]
         return written["logits"][0]
+
+
+    def tasks(self, model, files, workers=1, pass_tokens=2048, limit=0):
+        """Results of `eval --tasks`, one for each file, with each choice's log-likelihood."""
+        arguments = ["eval", "--model", model, "--tasks", *files, "--workers", workers, "--threads", 1]
+        arguments += ["--pass-tokens", pass_tokens, "--task-limit", limit, "--json", "--log-likelihoods"]
+        return json.loads(self.run(arguments, EVAL_TIMEOUT_SECONDS))["tasks"]
 
 
 def find_binary():

@@ -1,20 +1,8 @@
 // The kernels on tensors: checked, chosen by machine and format, spread over libtorch's own threads.
-#include "group.h"
+#include "dispatch.h"
 #include "kernels.h"
 
-#include <ATen/Parallel.h>
-
 namespace {
-
-template <typename T>
-const Kernels<T>& pick(const Kernels<T>& best, const Kernels<T>& middle, const Kernels<T>& least) {
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl"))
-    return best;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    return middle;
-  return least;
-}
 
 template <typename T>
 const Kernels<T>& kernels();
@@ -27,38 +15,6 @@ template <>
 const Kernels<double>& kernels<double>() {
   static const Kernels<double>& chosen = pick(avx512::f64, avx2::f64, baseline::f64);
   return chosen;
-}
-
-void require(bool holds, const char* what) {
-  if (!holds)
-    throw std::invalid_argument(what);
-}
-
-// Data of a contiguous CPU tensor of the expected format.
-template <typename T>
-T* data(void* p) {
-  at::Tensor& t = tensor(p);
-  require(t.device().is_cpu() && t.is_contiguous(), "a fused kernel needs contiguous CPU tensors");
-  require(t.scalar_type() == c10::CppTypeToScalarType<T>::value, "a fused kernel got tensors of different formats");
-  return t.data_ptr<T>();
-}
-
-// Runs `work(begin, end)` over rows, `width` elements each, on the threads there are.
-template <typename F>
-void over_rows(int64_t rows, int64_t width, const F& work) {
-  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(width, 1));
-  at::parallel_for(0, rows, grain, work);
-}
-
-template <typename F>
-char* dispatch(void* p, F&& f) {
-  return guard([&] {
-    switch (tensor(p).scalar_type()) {
-      case at::kFloat: f(float()); break;
-      case at::kDouble: f(double()); break;
-      default: throw std::invalid_argument("a fused kernel takes f32 or f64");
-    }
-  });
 }
 } // namespace
 

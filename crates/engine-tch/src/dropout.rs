@@ -44,17 +44,10 @@ impl Dropout {
             return Ok(x.shallow_clone());
         }
         if ops::fused_takes(x) {
-            let threshold = self.threshold() as u64;
+            let (key, first_token, threshold) = self.kernel_arguments(layer, site, first_token);
             let scale = 1.0 / (1.0 - self.probability);
             let x = x.f_contiguous()?;
-            return ops::fused_dropout(
-                &x,
-                features,
-                self.key(layer, site),
-                first_token as u32,
-                threshold,
-                scale,
-            );
+            return ops::fused_dropout(&x, features, key, first_token, threshold, scale);
         }
         let keep = self.keep_mask(layer, site, first_token, x.size()[0], features)?;
         Ok(x.f_mul(&keep.f_to_kind(x.kind())?)?.f_mul_scalar_(1.0 / (1.0 - self.probability))?)
@@ -75,6 +68,16 @@ impl Dropout {
         let rows = mix(&tokens.f_bitwise_xor(i64::from(key))?)?.f_unsqueeze(1)?;
         let hashed = mix(&rows.f_add(&features.f_mul_scalar(0x9E37_79B1)?)?.f_bitwise_and(LOW_32)?)?;
         Ok(hashed.f_ge(self.threshold())?)
+    }
+
+    /// Key, first token and threshold of the kernels' hash.
+    pub(crate) fn kernel_arguments(
+        &self,
+        layer: usize,
+        site: DropoutSite,
+        first_token: i64,
+    ) -> (u32, u32, u64) {
+        (self.key(layer, site), first_token as u32, self.threshold() as u64)
     }
 
     fn threshold(&self) -> i64 {

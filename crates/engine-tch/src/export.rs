@@ -5,15 +5,17 @@ use crate::communicator::Alone;
 use crate::dropout::Dropout;
 use crate::factors::{Factor, FactorLayout, is_replicated, split_features};
 use crate::fault::{Fault, Result, chain};
+use crate::frozen::{FrozenFormat, FrozenWeight};
 use crate::model::{Adapters, Model};
-use crate::source::{Source, kind_of, select};
-use crate::state_file::{PROBE_LOGITS, RankState, factor_name, to_bytes};
+use crate::source::{Source, compute_kind, kind_of, select};
+use crate::state_file::{PROBE_LOGITS, RankState, base_name, factor_name, to_bytes};
 use checkpoint::{
     Dtype, ExportManifest, FolderWriter, LayerKept, MANIFEST_FILE, SourceModel, TensorHeader, TensorRef,
 };
 use engine::{ExportDtype, ExportJob, ExportWritten};
 use model_spec::{Block, ModelSpec, Projection, Split};
 use pruning::LayerKeep;
+use recipe::Compensation;
 use sharding::{Placement, RankLayer};
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -53,8 +55,8 @@ pub(crate) fn export(job: &ExportJob, logits_program: &Path) -> Result<ExportWri
         },
     };
     let file = |error: &dyn std::error::Error| Fault::File(chain(error));
-    let config =
-        checkpoint::export_config(&source.folder.config().raw, &written_spec, dtype).map_err(|e| file(&e))?;
+    let config = checkpoint::export_config(&source.folder()?.0.config().raw, &written_spec, dtype)
+        .map_err(|e| file(&e))?;
     let headers = checkpoint::required_tensors(&written_spec)
         .into_iter()
         .map(|(name, shape)| TensorHeader { name, dtype, shape })
@@ -81,7 +83,7 @@ pub(crate) fn export(job: &ExportJob, logits_program: &Path) -> Result<ExportWri
         writer.add_tensor(&name, &bytes).map_err(|e| file(&e))?;
     }
     writer.write_json("config.json", &config).map_err(|e| file(&e))?;
-    for companion in source.folder.companion_files() {
+    for companion in source.folder()?.0.companion_files() {
         writer.copy_file(&companion).map_err(|e| file(&e))?;
     }
     let check = check_folder(writer.staging_path(), &ranks, dtype, logits_program)?;
@@ -114,7 +116,10 @@ fn manifest(
         format_version: checkpoint::MANIFEST_FORMAT_VERSION,
         source_model: SourceModel {
             name: job.model.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default(),
-            files: source.folder.digests(source.weights()).map_err(|error| Fault::File(chain(&error)))?,
+            files: {
+                let (folder, weights) = source.folder()?;
+                folder.digests(weights).map_err(|error| Fault::File(chain(&error)))?
+            },
         },
         recipe: serde_json::to_value(&job.recipe).map_err(json)?,
         layers: job
@@ -163,10 +168,21 @@ impl Merge<'_> {
                 }
             }
         }
-        self.source.tensor(name)
+        // Neither split nor adapted: embedding and head as they were held, norms as they were computed with.
+        let precision = self.job.recipe.precision;
+        let compute = compute_kind(precision.compute);
+        let held = match name {
+            checkpoint::EMBEDDING | checkpoint::LM_HEAD => {
+                FrozenFormat::of(precision.storage).of_vocabulary(compute)
+            }
+            _ => compute,
+        };
+        Ok(self.source.tensor(name)?.f_to_kind(held)?)
     }
 
-    /// `W0 + s B A` of the kept groups, in f32, padded with zeros to the width that is written.
+    /// `W0 + s B A` of the kept groups, in f32, padded with zeros to the width that is written. `W0` is what the run
+    /// computed with, which the adapters were tuned to: rounded to the format that it was held in, or the values that its
+    /// codes stand for.
     fn projection(&self, layer: usize, projection: Projection) -> Result<Tensor> {
         let head_dim = self.pruned.head_dim;
         let keep = &self.job.keep_mask.layers[layer];
@@ -180,13 +196,44 @@ impl Merge<'_> {
             Split::Column => 0,
             Split::Row => 1,
         };
-        let name = checkpoint::projection_weight(layer, projection);
-        let base = select(&self.source.tensor(&name)?, dim, &features)?.f_to_kind(Kind::Float)?;
+        let base = self.base(layer, projection, &features)?;
         let a = self.factor(layer, projection, Factor::A, &features)?;
         let b = self.factor(layer, projection, Factor::B, &features)?;
         let update = b.f_mm(&a)?.f_mul_scalar_(self.job.recipe.lora.scaling())?;
         let merged = base.f_add(&update.f_to_kind(Kind::Float)?)?;
         self.pad(layer, projection, keep, merged, dim)
+    }
+
+    /// `W0` of the kept features, in f32.
+    fn base(&self, layer: usize, projection: Projection, features: &[i64]) -> Result<Tensor> {
+        if self.is_compensated(projection) {
+            let changed = self.put_together(&base_name(layer, projection), layer, projection, features)?;
+            return Ok(changed.f_to_kind(Kind::Float)?);
+        }
+        let dim = match projection.split() {
+            Split::Column => 0,
+            Split::Row => 1,
+        };
+        let whole = self.source.tensor(&checkpoint::projection_weight(layer, projection))?;
+        match FrozenFormat::of(self.job.recipe.precision.storage) {
+            FrozenFormat::Dense(held) => {
+                Ok(select(&whole, dim, features)?.f_to_kind(held)?.f_to_kind(Kind::Float)?)
+            }
+            format @ (FrozenFormat::Int8 | FrozenFormat::Nf4) => {
+                FrozenWeight::quantise(&whole, projection.split(), features, format, Device::Cpu)?
+                    .dense(Kind::Float)
+            }
+        }
+    }
+
+    /// Whether the ranks' weights are no longer the source's.
+    fn is_compensated(&self, projection: Projection) -> bool {
+        match (self.job.recipe.pruning.as_ref().map(|pruning| pruning.compensation), projection.split()) {
+            (Some(Compensation::LeastSquares(_)), Split::Row) => true,
+            (Some(Compensation::LeastSquares(_)), Split::Column) | (Some(Compensation::None) | None, _) => {
+                false
+            }
+        }
     }
 
     /// A factor of the kept features, put together from the ranks.
@@ -204,13 +251,24 @@ impl Merge<'_> {
         if is_replicated(projection, factor) {
             return first.tensor(&name);
         }
+        self.put_together(&name, layer, projection, features)
+    }
+
+    /// A tensor that is split over the ranks, its kept features in order.
+    fn put_together(
+        &self,
+        name: &str,
+        layer: usize,
+        projection: Projection,
+        features: &[i64],
+    ) -> Result<Tensor> {
         let dim = match projection.split() {
             Split::Column => 0,
             Split::Row => 1,
         };
         let (mut parts, mut places) = (Vec::new(), HashMap::new());
         for rank in self.ranks {
-            parts.push(rank.tensor(&name)?);
+            parts.push(rank.tensor(name)?);
             for feature in split_features(&rank.held[layer], projection, self.pruned.head_dim) {
                 places.insert(feature, places.len() as i64);
             }
@@ -405,7 +463,14 @@ fn logits_of_folder(model: &Path, prompts: &[Vec<u32>], out: &Path) -> Result<()
         Dtype::F64 => Kind::Float,
         narrow @ (Dtype::F32 | Dtype::Bf16 | Dtype::F16) => kind_of(narrow),
     };
-    let mut loaded = Model::load(&source, held, 0..spec.vocab_size, storage, Kind::Float, Device::Cpu)?;
+    let mut loaded = Model::load(
+        &source,
+        held,
+        0..spec.vocab_size,
+        FrozenFormat::Dense(storage),
+        Kind::Float,
+        Device::Cpu,
+    )?;
     let layout = FactorLayout::new(spec, held, 1);
     let factors = layout.zeros(Kind::Float, Device::Cpu)?;
     let adapters =

@@ -80,6 +80,41 @@ unsafe extern "C" {
         gate_up: *mut c_void,
         grad_gate_up: *mut c_void,
     ) -> *mut c_char;
+    pub(crate) fn esp_matmul(left: *mut c_void, right: *mut c_void, out: *mut c_void) -> *mut c_char;
+    pub(crate) fn esp_project(x: *mut c_void, thin: *mut c_void, scale: f64, y: *mut c_void) -> *mut c_char;
+    pub(crate) fn esp_outer_add(low: *mut c_void, x: *mut c_void, sum: *mut c_void) -> *mut c_char;
+    pub(crate) fn esp_expand_add(low: *mut c_void, thin: *mut c_void, y: *mut c_void) -> *mut c_char;
+    pub(crate) fn esp_low_rank_scores(
+        weight: *mut c_void,
+        a: *mut c_void,
+        a_less: *mut c_void,
+        grad_a: *mut c_void,
+        b: *mut c_void,
+        grad_b: *mut c_void,
+        scaling: f64,
+        square: bool,
+        by_column: bool,
+        sums: *mut c_void,
+    ) -> *mut c_char;
+    pub(crate) fn esp_attention_lanes(element_bytes: i64) -> i64;
+    pub(crate) fn esp_attention(
+        q: *mut c_void,
+        k: *mut c_void,
+        v: *mut c_void,
+        out: *mut c_void,
+        log_sum_exp: *mut c_void,
+    ) -> *mut c_char;
+    pub(crate) fn esp_attention_backward(
+        grad_out: *mut c_void,
+        q: *mut c_void,
+        k: *mut c_void,
+        v: *mut c_void,
+        out: *mut c_void,
+        log_sum_exp: *mut c_void,
+        grad_q: *mut c_void,
+        grad_k: *mut c_void,
+        grad_v: *mut c_void,
+    ) -> *mut c_char;
     pub(crate) fn esp_row_max(x: *mut c_void, highest: *mut c_void) -> *mut c_char;
     pub(crate) fn esp_exp_sum(x: *mut c_void, highest: *mut c_void, sum: *mut c_void) -> *mut c_char;
     pub(crate) fn esp_scale_rows(x: *mut c_void, sum: *mut c_void, scale: f64) -> *mut c_char;
@@ -91,6 +126,49 @@ unsafe extern "C" {
         first_token: u32,
         threshold: u64,
         scale: f64,
+    ) -> *mut c_char;
+}
+
+#[repr(C)]
+pub(crate) struct RawEvent {
+    _opaque: [u8; 0],
+}
+
+unsafe extern "C" {
+    pub(crate) fn esp_device_set(index: c_int) -> *mut c_char;
+    pub(crate) fn esp_device_synchronize(index: c_int) -> *mut c_char;
+    pub(crate) fn esp_device_memory(index: c_int, out: *mut u64) -> *mut c_char;
+    pub(crate) fn esp_device_reset_peak(index: c_int) -> *mut c_char;
+    pub(crate) fn esp_device_release_cache() -> *mut c_char;
+    pub(crate) fn esp_stream_handle(index: c_int, out: *mut *mut c_void) -> *mut c_char;
+    pub(crate) fn esp_event_record(index: c_int, event: *mut *mut RawEvent) -> *mut c_char;
+    pub(crate) fn esp_event_reached(event: *mut RawEvent, out: *mut bool) -> *mut c_char;
+    pub(crate) fn esp_event_free(event: *mut RawEvent);
+    pub(crate) fn esp_flash_attention(
+        q: *mut c_void,
+        k: *mut c_void,
+        v: *mut c_void,
+        out: *mut *mut c_void,
+        log_sum_exp: *mut *mut c_void,
+        state: *mut *mut c_void,
+        state_offset: *mut *mut c_void,
+        max_q: *mut i64,
+        max_k: *mut i64,
+    ) -> *mut c_char;
+    pub(crate) fn esp_flash_attention_backward(
+        grad_out: *mut c_void,
+        q: *mut c_void,
+        k: *mut c_void,
+        v: *mut c_void,
+        out: *mut c_void,
+        log_sum_exp: *mut c_void,
+        state: *mut c_void,
+        state_offset: *mut c_void,
+        max_q: i64,
+        max_k: i64,
+        grad_q: *mut *mut c_void,
+        grad_k: *mut *mut c_void,
+        grad_v: *mut *mut c_void,
     ) -> *mut c_char;
 }
 

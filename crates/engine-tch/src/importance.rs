@@ -5,21 +5,36 @@
 //! Ghat = dB A + B dA - dB dA = [dB | B] [A - dA ; dA]     rank 2r      (arXiv:2305.18403, eq. 9, eta = 1)
 //! W    = W0 + s B A
 //! code: sum |Ghat * W|      paper: sum (Ghat * W)^2      taylor: sum |G * W|      magnitude: sum |W|
+//! wanda: sum W^2 sum x^2, of o and down alone
 //! ```
+//!
+//! In f32 the first two are one kernel of our own: on a CPU `ops::scores`, on a GPU `low_rank_scores` of `cuda/kernels.cu`.
 //!
 //! The sums run over a group's rows of q, k, v, gate and up and over its columns of o and down. `pruning::criterion` has
 //! the plain references.
 
+use crate::cuda::compiler::{Kernels, MOST_SCORED_RANK, kernels};
 use crate::factors::{Factor, FactorLayout};
 use crate::fault::{Fault, Result};
-use crate::layer::{LayerShard, WeightGradients};
+use crate::frozen::FrozenWeight;
+use crate::layer::LayerShard;
+use crate::observed::{Observed, WeightGradients};
+use crate::ops::on_cuda::{self, ScoredWeight, SumsOf};
+use crate::ops::scores::{self, GuidedFactors};
 use engine::ProjectionScores;
 use model_spec::{Projection, Split};
 use recipe::{Criterion, LoraPruneForm};
-use tch::{Kind, Tensor};
+use std::sync::Arc;
+use tch::{Device, Kind, Tensor};
 
 /// Weights in a tile: 512 KiB of f32, which the second-level cache of today's cores holds with its temporaries.
 pub(crate) const TILE_ELEMENTS: i64 = 1 << 17;
+/// On a GPU each tile costs several launches: 128 MiB of f32.
+const DEVICE_TILE_ELEMENTS: i64 = 1 << 25;
+
+pub(crate) fn tile_elements(device: Device) -> i64 {
+    if device.is_cuda() { DEVICE_TILE_ELEMENTS } else { TILE_ELEMENTS }
+}
 
 /// What the scores of one step are made from.
 pub(crate) struct ScoreInputs<'a> {
@@ -27,11 +42,11 @@ pub(crate) struct ScoreInputs<'a> {
     pub(crate) factors: &'a Tensor,
     /// Complete and clipped.
     pub(crate) gradients: &'a Tensor,
-    pub(crate) weight_gradients: Option<&'a [WeightGradients]>,
+    pub(crate) observed: Option<&'a [Observed]>,
     pub(crate) scaling: f64,
     pub(crate) head_dim: i64,
     pub(crate) step: u64,
-    /// Weights scored at a time; [`TILE_ELEMENTS`] but in tests.
+    /// Weights scored at a time; [`tile_elements`] but in tests.
     pub(crate) tile_elements: i64,
 }
 
@@ -99,39 +114,85 @@ fn projection_sums(
     shard: &LayerShard,
     inputs: &ScoreInputs,
 ) -> Result<Tensor> {
-    let weight = rows_of(shard, projection, inputs.head_dim)?;
+    let (weight, first_row, rows) = rows_of(shard, projection, inputs.head_dim);
     let factor = |flat: &Tensor, factor| inputs.layout.view(flat, layer, projection, factor);
     let (a, b) = (factor(inputs.factors, Factor::A)?, factor(inputs.factors, Factor::B)?);
     let kind = a.kind();
-    let (rows, columns) = weight.size2()?;
+    let (_, columns) = weight.size2()?;
+    let tile_rows = (inputs.tile_elements / columns.max(1)).clamp(1, rows.max(1));
+    if let Criterion::LoraPrune { form } = criterion
+        && scores::takes(&a)
+    {
+        let (grad_a, grad_b) = (factor(inputs.gradients, Factor::A)?, factor(inputs.gradients, Factor::B)?);
+        let guided =
+            GuidedFactors { a: &a, grad_a: &grad_a, b: &b, grad_b: &grad_b, scaling: inputs.scaling };
+        // What is held as it is read needs no tiles.
+        let (tile_rows, held) = match weight {
+            FrozenWeight::Dense(weight) => (rows, weight.kind()),
+            FrozenWeight::Int8(_) | FrozenWeight::Nf4(_) => (tile_rows, kind),
+        };
+        let tile = |start, len| Ok(weight.dense_rows(first_row + start, len, held)?.f_contiguous()?);
+        return scores::guided_sums(&guided, form, projection.split(), tile_rows, &tile);
+    }
+    if let Criterion::LoraPrune { form } = criterion
+        && kind == Kind::Float
+        && let Some(on) = scored_on(&a)
+    {
+        let (grad_a, grad_b) = (factor(inputs.gradients, Factor::A)?, factor(inputs.gradients, Factor::B)?);
+        // Held in 16 bits or quantised: read in the format of the products.
+        let read = match weight {
+            FrozenWeight::Dense(weight) if weight.kind() == Kind::Float => Kind::Float,
+            FrozenWeight::Dense(_) | FrozenWeight::Int8(_) | FrozenWeight::Nf4(_) => shard.input_norm.kind(),
+        };
+        let scored = ScoredWeight {
+            weight: &weight.dense_rows(first_row, rows, read)?,
+            a: &a,
+            grad_a: &grad_a,
+            b: &b,
+            grad_b: &grad_b,
+            scaling: inputs.scaling,
+        };
+        let sums = match projection.split() {
+            Split::Column => SumsOf::Rows,
+            Split::Row => SumsOf::Columns,
+        };
+        return on_cuda::low_rank_sums(on.as_ref(), &scored, sums, form == LoraPruneForm::Paper);
+    }
     let guide = match criterion {
         Criterion::LoraPrune { .. } => {
             let (da, db) = (factor(inputs.gradients, Factor::A)?, factor(inputs.gradients, Factor::B)?);
             Some((Tensor::f_cat(&[&db, &b], 1)?, Tensor::f_cat(&[&a.f_sub(&da)?, &da], 0)?))
         }
-        Criterion::Taylor | Criterion::Magnitude | Criterion::Random => None,
+        Criterion::Taylor | Criterion::Magnitude | Criterion::Wanda | Criterion::Random => None,
     };
-    let gradient = match (criterion, inputs.weight_gradients) {
-        (Criterion::Taylor, Some(gradients)) => {
-            Some(gradient_rows(&gradients[layer], shard, projection, inputs.head_dim)?)
+    // By which the tile is multiplied, and by which its columns are.
+    let (gradient, squares) = match (criterion, inputs.observed.map(|all| &all[layer])) {
+        (Criterion::Taylor, Some(Observed::WeightGradients(gradients))) => {
+            (Some(gradient_rows(gradients, shard, projection, inputs.head_dim)?), None)
         }
-        (Criterion::Taylor, None) => {
-            return Err(Fault::Refused(
-                "the `taylor` criterion needs weight gradients, which this pass did not keep".into(),
-            ));
+        (Criterion::Wanda, Some(Observed::InputSquares(squares))) => {
+            let Some(squares) = squares.of(projection) else {
+                // Only the maps whose inputs go are scored.
+                return Ok(Tensor::f_zeros([rows], (kind, weight.device()))?);
+            };
+            (None, Some(squares))
         }
-        (Criterion::LoraPrune { .. } | Criterion::Magnitude | Criterion::Random, _) => None,
+        (Criterion::Taylor | Criterion::Wanda, _) => {
+            return Err(Fault::Refused(format!(
+                "the {criterion:?} criterion needs sums that the passes of this step did not keep"
+            )));
+        }
+        (Criterion::LoraPrune { .. } | Criterion::Magnitude | Criterion::Random, _) => (None, None),
     };
     let scaled_b = b.f_mul_scalar(inputs.scaling)?;
 
-    let tile_rows = (inputs.tile_elements / columns.max(1)).clamp(1, rows.max(1));
     let mut row_sums = Vec::new();
     let mut column_sums = Tensor::f_zeros([columns], (kind, weight.device()))?;
     let mut start = 0;
     while start < rows {
         let len = tile_rows.min(rows - start);
         let tile = |tensor: &Tensor| tensor.f_narrow(0, start, len);
-        let mut scores = tile(&weight)?.f_to_kind(kind)?.f_addmm(&tile(&scaled_b)?, &a)?;
+        let mut scores = weight.dense_rows(first_row + start, len, kind)?.f_addmm(&tile(&scaled_b)?, &a)?;
         if let Some((left, right)) = &guide {
             let _ = scores.f_mul_(&tile(left)?.f_mm(right)?)?;
         }
@@ -139,7 +200,7 @@ fn projection_sums(
             let _ = scores.f_mul_(&tile(gradient)?)?;
         }
         let scores = match criterion {
-            Criterion::LoraPrune { form: LoraPruneForm::Paper } => scores.f_square_()?,
+            Criterion::LoraPrune { form: LoraPruneForm::Paper } | Criterion::Wanda => scores.f_square_()?,
             Criterion::LoraPrune { form: LoraPruneForm::Code }
             | Criterion::Taylor
             | Criterion::Magnitude
@@ -156,13 +217,32 @@ fn projection_sums(
     match projection.split() {
         Split::Column if row_sums.is_empty() => Ok(Tensor::f_zeros([0], (kind, weight.device()))?),
         Split::Column => Ok(Tensor::f_cat(&row_sums, 0)?),
-        Split::Row => Ok(column_sums),
+        Split::Row => match squares {
+            Some(squares) => Ok(column_sums.f_mul_(squares)?),
+            None => Ok(column_sums),
+        },
     }
 }
 
-/// One projection's rows of the layer's fused weights.
-fn rows_of(shard: &LayerShard, projection: Projection, head_dim: i64) -> Result<Tensor> {
-    slice(&shard.qkv, &shard.o, &shard.gate_up, &shard.down, shard, projection, head_dim)
+/// The kernels of the device that holds `a` `[rank, columns]`, where its factors fit into a thread's registers.
+fn scored_on(a: &Tensor) -> Option<Arc<Kernels>> {
+    let lora_rank = usize::try_from(a.size()[0]).ok()?;
+    (1..=MOST_SCORED_RANK).contains(&lora_rank).then(|| kernels(a.device(), lora_rank)).flatten()
+}
+
+/// The layer's fused weight that holds a projection, the projection's first row in it, and how many rows it has.
+fn rows_of(shard: &LayerShard, projection: Projection, head_dim: i64) -> (&FrozenWeight, i64, i64) {
+    let (query, key) = (shard.query_heads * head_dim, shard.kv_heads * head_dim);
+    let hidden = shard.input_norm.size()[0];
+    match projection {
+        Projection::Q => (&shard.qkv, 0, query),
+        Projection::K => (&shard.qkv, query, key),
+        Projection::V => (&shard.qkv, query + key, key),
+        Projection::O => (&shard.o, 0, hidden),
+        Projection::Gate => (&shard.gate_up, 0, shard.channels),
+        Projection::Up => (&shard.gate_up, shard.channels, shard.channels),
+        Projection::Down => (&shard.down, 0, hidden),
+    }
 }
 
 fn gradient_rows(
@@ -171,28 +251,14 @@ fn gradient_rows(
     projection: Projection,
     head_dim: i64,
 ) -> Result<Tensor> {
-    slice(&gradients.qkv, &gradients.o, &gradients.gate_up, &gradients.down, shard, projection, head_dim)
-}
-
-fn slice(
-    qkv: &Tensor,
-    o: &Tensor,
-    gate_up: &Tensor,
-    down: &Tensor,
-    shard: &LayerShard,
-    projection: Projection,
-    head_dim: i64,
-) -> Result<Tensor> {
-    let (query, key) = (shard.query_heads * head_dim, shard.kv_heads * head_dim);
-    Ok(match projection {
-        Projection::Q => qkv.f_narrow(0, 0, query)?,
-        Projection::K => qkv.f_narrow(0, query, key)?,
-        Projection::V => qkv.f_narrow(0, query + key, key)?,
-        Projection::O => o.shallow_clone(),
-        Projection::Gate => gate_up.f_narrow(0, 0, shard.channels)?,
-        Projection::Up => gate_up.f_narrow(0, shard.channels, shard.channels)?,
-        Projection::Down => down.shallow_clone(),
-    })
+    let gradient = match projection {
+        Projection::Q | Projection::K | Projection::V => &gradients.qkv,
+        Projection::O => &gradients.o,
+        Projection::Gate | Projection::Up => &gradients.gate_up,
+        Projection::Down => &gradients.down,
+    };
+    let (_, first_row, rows) = rows_of(shard, projection, head_dim);
+    Ok(gradient.f_narrow(0, first_row, rows)?)
 }
 
 pub(crate) fn to_f64(values: &Tensor) -> Result<Vec<f64>> {

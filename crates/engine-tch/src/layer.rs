@@ -15,7 +15,9 @@ use crate::communicator::Communicator;
 use crate::dropout::{Dropout, DropoutSite};
 use crate::factors::{Factor, FactorLayout};
 use crate::fault::Result;
-use crate::ops::{self, Attended, RotaryTable};
+use crate::frozen::FrozenWeight;
+use crate::observed::Observed;
+use crate::ops::{self, Attended, RotaryTable, causal, low_rank, matmul};
 use model_spec::Projection;
 use recipe::Recompute;
 use tch::{Kind, Tensor};
@@ -28,13 +30,13 @@ pub(crate) struct LayerShard {
     pub(crate) input_norm: Tensor,
     pub(crate) post_attention_norm: Tensor,
     /// `[(h + 2g) k, d]`: q, then k, then v.
-    pub(crate) qkv: Tensor,
+    pub(crate) qkv: FrozenWeight,
     /// `[d, h k]`
-    pub(crate) o: Tensor,
+    pub(crate) o: FrozenWeight,
     /// `[2i, d]`: gate, then up.
-    pub(crate) gate_up: Tensor,
+    pub(crate) gate_up: FrozenWeight,
     /// `[d, i]`
-    pub(crate) down: Tensor,
+    pub(crate) down: FrozenWeight,
     pub(crate) query_heads: i64,
     pub(crate) kv_heads: i64,
     pub(crate) channels: i64,
@@ -46,12 +48,22 @@ pub(crate) struct LayerShard {
     pub(crate) channel_keep: Option<Tensor>,
 }
 
-/// Gradients of the frozen weights themselves, for the `taylor` criterion alone; shaped like the weights.
-pub(crate) struct WeightGradients {
-    pub(crate) qkv: Tensor,
-    pub(crate) o: Tensor,
-    pub(crate) gate_up: Tensor,
-    pub(crate) down: Tensor,
+/// The row-parallel maps, whose inputs a decision removes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Narrowing {
+    O,
+    Down,
+}
+
+impl Narrowing {
+    pub(crate) const BOTH: [Self; 2] = [Self::O, Self::Down];
+
+    pub(crate) fn projection(self) -> Projection {
+        match self {
+            Self::O => Projection::O,
+            Self::Down => Projection::Down,
+        }
+    }
 }
 
 /// What is the same for all layers of a pass.
@@ -71,6 +83,8 @@ pub(crate) struct Pass<'a> {
     pub(crate) first_token: i64,
     pub(crate) hidden_features: &'a Tensor,
     pub(crate) compute: Kind,
+    /// `[b, 1, t, t]`: which token sees which; absent: each row is causal. For passes without a backward one.
+    pub(crate) sees: Option<&'a Tensor>,
 }
 
 /// What a layer's forward pass leaves for its backward pass.
@@ -78,6 +92,16 @@ pub(crate) enum Saved {
     All(Box<Activations>),
     /// Only the input: everything else is computed again.
     Input(Tensor),
+}
+
+/// What attention computes on the way to o.
+struct Attention {
+    rstd: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attended: Option<Attended>,
+    low_qkv: Tensor,
 }
 
 pub(crate) struct Activations {
@@ -103,7 +127,7 @@ struct Adapted<'a> {
     projections: &'a [Projection],
     /// Output widths of the projections.
     widths: &'a [i64],
-    weight: &'a Tensor,
+    weight: &'a FrozenWeight,
     /// Indices of the input's features.
     features: &'a Tensor,
 }
@@ -111,21 +135,21 @@ struct Adapted<'a> {
 impl Adapted<'_> {
     /// `y` `[n, sum of widths]` and the scaled low-rank values `s dropout(x) A^T` `[n, projections * r]`.
     fn forward(&self, x: &Tensor, pass: &Pass) -> Result<(Tensor, Tensor)> {
-        let y = x.f_mm(&self.weight.f_to_kind(pass.compute)?.f_tr()?)?;
+        let y = matmul::product(x, &self.weight.dense(pass.compute)?.f_tr()?)?;
         let dropped = pass.dropout.apply(x, self.layer, self.site, pass.first_token, self.features)?;
         let a = pass.layout.stacked_a(pass.factors, self.layer, self.projections)?;
-        let low = dropped.f_mm(&a.f_tr()?)?.f_mul_scalar_(pass.scaling)?;
+        let low = low_rank::project(&dropped, &a, pass.scaling)?;
         let mut column = 0;
         for (place, (projection, width)) in self.projections.iter().zip(self.widths).enumerate() {
             let b = pass.layout.view(pass.factors, self.layer, *projection, Factor::B)?;
             let low = low.f_narrow(1, place as i64 * pass.lora_rank, pass.lora_rank)?;
-            let _ = y.f_narrow(1, column, *width)?.f_addmm_(&low, &b.f_tr()?)?;
+            low_rank::expand_add(&mut y.f_narrow(1, column, *width)?, &low, &b.f_tr()?)?;
             column += width;
         }
         Ok((y, low))
     }
 
-    /// Adds to the factors' gradients (and to the weight's, if wanted) and returns the input's gradient.
+    /// Adds to the factors' gradients (and to what a criterion observes) and returns the input's gradient.
     ///
     /// ```text
     /// dx = dy W + dropout(u A)    u = s dy B    dA += u^T dropout(x)    dB += dy^T low
@@ -137,27 +161,27 @@ impl Adapted<'_> {
         low: &Tensor,
         pass: &Pass,
         gradients: &Tensor,
-        weight_gradient: Option<&mut Tensor>,
+        observed: Option<&mut Observed>,
     ) -> Result<Tensor> {
-        let mut grad_x = grad_y.f_mm(&self.weight.f_to_kind(pass.compute)?)?;
+        let mut grad_x = matmul::product(grad_y, &self.weight.dense(pass.compute)?)?;
         let mut up = Vec::with_capacity(self.projections.len());
         let mut column = 0;
         for (place, (projection, width)) in self.projections.iter().zip(self.widths).enumerate() {
             let grad = grad_y.f_narrow(1, column, *width)?;
             let b = pass.layout.view(pass.factors, self.layer, *projection, Factor::B)?;
-            up.push(grad.f_mm(&b)?);
+            up.push(low_rank::project(&grad, &b.f_tr()?, pass.scaling)?);
             let low = low.f_narrow(1, place as i64 * pass.lora_rank, pass.lora_rank)?;
-            let mut grad_b = pass.layout.view(gradients, self.layer, *projection, Factor::B)?;
-            add_product(&mut grad_b, &grad.f_tr()?, &low)?;
+            let grad_b = pass.layout.view(gradients, self.layer, *projection, Factor::B)?;
+            low_rank::outer_add(&mut grad_b.f_tr()?, &low, &grad)?;
             column += width;
         }
-        let up = Tensor::f_cat(&up, 1)?.f_mul_scalar_(pass.scaling)?;
+        let up = Tensor::f_cat(&up, 1)?;
         let dropped = pass.dropout.apply(x, self.layer, self.site, pass.first_token, self.features)?;
         let mut grad_a = pass.layout.stacked_a(gradients, self.layer, self.projections)?;
-        add_product(&mut grad_a, &up.f_tr()?, &dropped)?;
+        low_rank::outer_add(&mut grad_a, &up, &dropped)?;
         let a = pass.layout.stacked_a(pass.factors, self.layer, self.projections)?;
         if pass.dropout.probability == 0.0 {
-            let _ = grad_x.f_addmm_(&up, &a)?;
+            low_rank::expand_add(&mut grad_x, &up, &a)?;
         } else {
             let through = up.f_mm(&a)?;
             let _ = grad_x.f_add_(&pass.dropout.apply(
@@ -168,21 +192,11 @@ impl Adapted<'_> {
                 self.features,
             )?)?;
         }
-        if let Some(gradient) = weight_gradient {
-            add_product(gradient, &grad_y.f_tr()?, x)?;
+        if let Some(observed) = observed {
+            observed.add(self.site, grad_y, x)?;
         }
         Ok(grad_x)
     }
-}
-
-/// `sum += left right`, whose format may be wider than the product's.
-fn add_product(sum: &mut Tensor, left: &Tensor, right: &Tensor) -> Result<()> {
-    if sum.kind() == left.kind() {
-        let _ = sum.f_addmm_(left, right)?;
-    } else {
-        let _ = sum.f_add_(&left.f_mm(right)?.f_to_kind(sum.kind())?)?;
-    }
-    Ok(())
 }
 
 impl LayerShard {
@@ -207,6 +221,79 @@ impl LayerShard {
         Ok((out, saved))
     }
 
+    pub(crate) fn narrowing(&self, which: Narrowing) -> &FrozenWeight {
+        match which {
+            Narrowing::O => &self.o,
+            Narrowing::Down => &self.down,
+        }
+    }
+
+    pub(crate) fn narrowing_mut(&mut self, which: Narrowing) -> &mut FrozenWeight {
+        match which {
+            Narrowing::O => &mut self.o,
+            Narrowing::Down => &mut self.down,
+        }
+    }
+
+    /// o's input `[n, h k]` for the layer's input, or down's `[n, i]` for the residual stream behind attention.
+    pub(crate) fn inputs_of(
+        &self,
+        layer: usize,
+        which: Narrowing,
+        x: &Tensor,
+        pass: &Pass,
+    ) -> Result<Tensor> {
+        match which {
+            Narrowing::O => {
+                let attention = self.attend(layer, x, pass)?;
+                self.heads_out(attention.attended.as_ref(), pass)
+            }
+            Narrowing::Down => {
+                let (_, normed) = ops::rms_norm(x, &self.post_attention_norm, pass.norm_eps)?;
+                let widths = [self.channels; 2];
+                let (gate_up, _) = self.adapted_gate_up(layer, &widths, pass).forward(&normed, pass)?;
+                self.act(&gate_up)
+            }
+        }
+    }
+
+    /// What o or down makes of its inputs on all ranks, `[n, d]`.
+    pub(crate) fn output_of(
+        &self,
+        layer: usize,
+        which: Narrowing,
+        inputs: &Tensor,
+        pass: &Pass,
+        communicator: &mut dyn Communicator,
+    ) -> Result<Tensor> {
+        let hidden = [pass.hidden_features.size()[0]];
+        let adapted = match which {
+            Narrowing::O => self.adapted_o(layer, &hidden),
+            Narrowing::Down => self.adapted_down(layer, &hidden),
+        };
+        let (mut out, _) = adapted.forward(inputs, pass)?;
+        communicator.all_reduce_sum(&mut out)?;
+        Ok(out)
+    }
+
+    /// Attention of the layer's input, up to o.
+    fn attend(&self, layer: usize, x: &Tensor, pass: &Pass) -> Result<Attention> {
+        let (rows, tokens, width) = (pass.rows, pass.tokens, pass.head_dim);
+        let (rstd, normed) = ops::rms_norm(x, &self.input_norm, pass.norm_eps)?;
+        let widths = self.qkv_widths(width);
+        let (qkv, low_qkv) = self.adapted_qkv(layer, &widths, pass).forward(&normed, pass)?;
+        drop(normed);
+        let shape = [rows, tokens, self.query_heads, self.kv_heads, width];
+        let [q, k, v] = causal::rotated_parts(&qkv, shape, pass.rotary)?;
+        drop(qkv);
+        let attended = match pass.sees {
+            _ if self.query_heads == 0 => None,
+            None => Some(ops::attention(&q, &k, &v)?),
+            Some(sees) => Some(ops::attention_where(&q, &k, &v, sees)?),
+        };
+        Ok(Attention { rstd, q, k, v, attended, low_qkv })
+    }
+
     /// Forward, without the last sum when only the activations are wanted again.
     fn run(
         &self,
@@ -216,22 +303,7 @@ impl LayerShard {
         communicator: &mut dyn Communicator,
         with_output: bool,
     ) -> Result<(Tensor, Activations)> {
-        let (rows, tokens, width) = (pass.rows, pass.tokens, pass.head_dim);
-        let (rstd_1, normed) = ops::rms_norm(&x, &self.input_norm, pass.norm_eps)?;
-        let (q, k, v, low_qkv) = {
-            let widths = self.qkv_widths(width);
-            let (qkv, low) = self.adapted_qkv(layer, &widths, pass).forward(&normed, pass)?;
-            drop(normed);
-            let part = |column: i64, heads: i64| qkv.f_narrow(1, column, heads * width);
-            let shaped = |x: Tensor, heads: i64| x.f_view([rows, tokens, heads, width]);
-            let q =
-                shaped(pass.rotary.rotate(&part(0, self.query_heads)?, self.query_heads)?, self.query_heads)?;
-            let k =
-                shaped(pass.rotary.rotate(&part(widths[0], self.kv_heads)?, self.kv_heads)?, self.kv_heads)?;
-            let v = shaped(part(widths[0] + widths[1], self.kv_heads)?.f_contiguous()?, self.kv_heads)?;
-            (q, k, v, low)
-        };
-        let attended = if self.query_heads > 0 { Some(ops::attention(&q, &k, &v)?) } else { None };
+        let Attention { rstd: rstd_1, q, k, v, attended, low_qkv } = self.attend(layer, &x, pass)?;
         let heads_out = self.heads_out(attended.as_ref(), pass)?;
         let (mut attention_out, low_o) = self.adapted_o(layer, &[x.size()[1]]).forward(&heads_out, pass)?;
         communicator.all_reduce_sum(&mut attention_out)?;
@@ -281,7 +353,7 @@ impl LayerShard {
         saved: Saved,
         pass: &Pass,
         gradients: &Tensor,
-        mut weight_gradients: Option<&mut WeightGradients>,
+        mut observed: Option<&mut Observed>,
         communicator: &mut dyn Communicator,
     ) -> Result<Tensor> {
         let kept = match saved {
@@ -297,7 +369,7 @@ impl LayerShard {
             &kept.low_down,
             pass,
             gradients,
-            weight_gradients.as_deref_mut().map(|gradients| &mut gradients.down),
+            observed.as_deref_mut(),
         )?;
         if let Some(keep) = &self.channel_keep {
             let _ = grad_act.f_mul_(keep)?;
@@ -311,7 +383,7 @@ impl LayerShard {
             &kept.low_gate_up,
             pass,
             gradients,
-            weight_gradients.as_deref_mut().map(|gradients| &mut gradients.gate_up),
+            observed.as_deref_mut(),
         )?;
         drop((normed, grad_gate_up));
         communicator.all_reduce_sum(&mut grad_normed)?;
@@ -330,7 +402,7 @@ impl LayerShard {
             &kept.low_o,
             pass,
             gradients,
-            weight_gradients.as_deref_mut().map(|gradients| &mut gradients.o),
+            observed.as_deref_mut(),
         )?;
         drop(heads_out);
         if let Some(keep) = &self.head_keep {
@@ -341,17 +413,8 @@ impl LayerShard {
             Some(attended) => {
                 let shape = [pass.rows, pass.tokens, self.query_heads, pass.head_dim];
                 let grad_heads = grad_heads.f_view(shape)?;
-                let (grad_q, grad_k, grad_v) =
-                    ops::attention_backward(&grad_heads, &kept.q, &kept.k, &kept.v, attended)?;
-                let flat = |grad: &Tensor| grad.f_reshape([tokens, -1]);
-                Tensor::f_cat(
-                    &[
-                        pass.rotary.rotate_back(&flat(&grad_q)?, self.query_heads)?,
-                        pass.rotary.rotate_back(&flat(&grad_k)?, self.kv_heads)?,
-                        flat(&grad_v)?,
-                    ],
-                    1,
-                )?
+                let inputs = [&kept.q, &kept.k, &kept.v];
+                causal::unrotated_gradient(&grad_heads, inputs, attended, pass.rotary)?
             }
             None => Tensor::f_zeros([tokens, 0], (pass.compute, grad.device()))?,
         };
@@ -362,7 +425,7 @@ impl LayerShard {
             &kept.low_qkv,
             pass,
             gradients,
-            weight_gradients.map(|gradients| &mut gradients.qkv),
+            observed,
         )?;
         communicator.all_reduce_sum(&mut grad_normed)?;
         ops::rms_norm_backward_add(&mut grad, &grad_normed, &kept.x, &kept.rstd_1, &self.input_norm)?;

@@ -3,25 +3,33 @@
 //! The backward pass is written by hand (`layer`, `loss`, `ops`): autograd is the oracle of the tests, not the engine.
 
 mod communicator;
+mod compensation;
+mod cuda;
+mod device;
 mod dropout;
 mod export;
 mod factors;
 mod fault;
 mod ffi;
+mod frozen;
 mod importance;
 mod layer;
 mod loss;
 mod memory;
 mod model;
+mod moved_columns;
+mod observed;
 mod ops;
 mod optimizer;
 mod shard;
 mod shrink;
 mod source;
 mod state_file;
+mod teacher;
 
+pub use device::{DeviceError, DeviceMemory, device_memory, open_device, reset_peak, synchronize};
 pub use export::write_logits;
-pub use shard::TchEngine;
+pub use shard::{TchEngine, check_nccl, has_kernels};
 pub use tch::Device;
 
 #[cfg(test)]

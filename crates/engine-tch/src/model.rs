@@ -4,15 +4,22 @@ use crate::communicator::Communicator;
 use crate::dropout::Dropout;
 use crate::factors::FactorLayout;
 use crate::fault::{Fault, Result};
-use crate::layer::{LayerShard, Pass, Saved, WeightGradients};
+use crate::frozen::FrozenFormat;
+use crate::layer::{LayerShard, Pass, Saved};
 use crate::loss::{CHUNK_ELEMENTS, VocabularyHead};
+use crate::observed::Observed;
 use crate::ops::{self, RotaryTable};
 use crate::source::Source;
+use crate::teacher::{Likeliest, SoftTargets};
+use engine::PhaseTimes;
 use model_spec::ModelSpec;
 use recipe::Recompute;
 use sharding::RankLayer;
 use std::ops::Range;
+use std::time::Instant;
 use tch::{Device, Kind, Tensor};
+
+mod continuation;
 
 /// The frozen model, as far as this rank holds it.
 pub(crate) struct Model {
@@ -46,15 +53,20 @@ pub(crate) struct Adapters<'a> {
 pub(crate) struct Training<'a> {
     /// Sums to add to.
     pub(crate) gradients: &'a Tensor,
-    pub(crate) weight_gradients: Option<&'a mut [WeightGradients]>,
+    /// By layer, where the criterion wants more than the factors' gradients.
+    pub(crate) observed: Option<&'a mut [Observed]>,
     /// Factor on the summed loss: one over the step's predictions.
     pub(crate) loss_scale: f64,
     pub(crate) first_token: i64,
     pub(crate) recompute: Recompute,
+    /// What the unpruned model says at the predicted positions; absent without distillation.
+    pub(crate) soft_targets: Option<SoftTargets>,
+    /// Times to add to.
+    pub(crate) times: &'a mut PhaseTimes,
 }
 
 /// Windows of one pass, right-padded to the longest.
-struct Rows {
+pub(crate) struct Rows {
     /// `[b * t]`
     ids: Tensor,
     /// Positions, of the `b * t`, whose next token is predicted, and those tokens.
@@ -70,11 +82,12 @@ impl Model {
         source: &Source,
         held: &[RankLayer],
         vocabulary: Range<usize>,
-        storage: Kind,
+        storage: FrozenFormat,
         compute: Kind,
         device: Device,
     ) -> Result<Self> {
         let spec: &ModelSpec = source.spec();
+        let vocabulary_kind = storage.of_vocabulary(compute);
         let layers = held
             .iter()
             .enumerate()
@@ -82,11 +95,11 @@ impl Model {
             .collect::<Result<_>>()?;
         let head = match spec.tie_word_embeddings {
             true => None,
-            false => Some(source.vocabulary(checkpoint::LM_HEAD, &vocabulary, storage, device)?),
+            false => Some(source.vocabulary(checkpoint::LM_HEAD, &vocabulary, vocabulary_kind, device)?),
         };
         Ok(Self {
             layers,
-            embedding: source.vocabulary(checkpoint::EMBEDDING, &vocabulary, storage, device)?,
+            embedding: source.vocabulary(checkpoint::EMBEDDING, &vocabulary, vocabulary_kind, device)?,
             head,
             vocabulary: vocabulary.start as i64..vocabulary.end as i64,
             final_norm: source.norm(checkpoint::FINAL_NORM, compute, device)?,
@@ -121,6 +134,7 @@ impl Model {
         training: Option<Training>,
         communicator: &mut dyn Communicator,
     ) -> Result<(f64, u64)> {
+        let started = Instant::now();
         let rows = self.rows(rows)?;
         self.prepare_rotary(rows.tokens)?;
         let (recompute, first_token) = match &training {
@@ -130,22 +144,44 @@ impl Model {
         let pass = self.pass(&rows, adapters, first_token)?;
         let (hidden, saved) =
             self.run_layers(&rows, &pass, training.is_some().then_some(recompute), communicator)?;
+        let forward = started.elapsed();
         let (rstd, normed) = ops::rms_norm(&hidden, &self.final_norm, self.norm_eps)?;
         let wanted = normed.f_index_select(0, &rows.positions)?;
         drop(normed);
         let scale = training.as_ref().map(|training| training.loss_scale);
+        let soft = training.as_ref().and_then(|training| training.soft_targets.as_ref());
         let (total, grad) =
-            self.head().negative_log_likelihood(&wanted, &rows.targets, scale, communicator)?;
-        if let (Some(training), Some(grad)) = (training, grad) {
+            self.head().negative_log_likelihood(&wanted, &rows.targets, soft, scale, communicator)?;
+        if let (Some(mut training), Some(grad)) = (training, grad) {
             let mut grad_normed = hidden.f_zeros_like()?;
             let _ = grad_normed.f_index_copy_(0, &rows.positions, &grad)?;
             drop((wanted, grad));
             let mut grad = hidden.f_zeros_like()?;
             ops::rms_norm_backward_add(&mut grad, &grad_normed, &hidden, &rstd, &self.final_norm)?;
             drop((grad_normed, hidden, rstd));
-            self.backward_layers(grad, saved, &pass, training, communicator)?;
+            training.times.forward += forward;
+            let loss_end = started.elapsed();
+            training.times.loss += loss_end - forward;
+            self.backward_layers(grad, saved, &pass, &mut training, communicator)?;
+            training.times.backward += started.elapsed() - loss_end;
         }
         Ok((total, rows.predicted))
+    }
+
+    /// The `top_k` likeliest next tokens at every position but the last of each row, one row after the other.
+    pub(crate) fn likeliest(
+        &mut self,
+        rows: &[&[u32]],
+        adapters: &Adapters,
+        top_k: usize,
+        communicator: &mut dyn Communicator,
+    ) -> Result<Likeliest> {
+        let rows = self.rows(rows)?;
+        self.prepare_rotary(rows.tokens)?;
+        let pass = self.pass(&rows, adapters, 0)?;
+        let (hidden, _) = self.run_layers(&rows, &pass, None, communicator)?;
+        let normed = ops::rms_norm(&hidden, &self.final_norm, self.norm_eps)?.1;
+        self.head().likeliest(&normed.f_index_select(0, &rows.positions)?, top_k, communicator)
     }
 
     /// Logits `[b * t, vocabulary on this rank]` of rows of equal length.
@@ -188,32 +224,54 @@ impl Model {
         mut grad: Tensor,
         mut saved: Vec<Saved>,
         pass: &Pass,
-        mut training: Training,
+        training: &mut Training,
         communicator: &mut dyn Communicator,
     ) -> Result<()> {
         for (index, layer) in self.layers.iter().enumerate().rev() {
             let Some(kept) = saved.pop() else {
                 return Err(Fault::Refused(format!("layer {index} kept nothing for its backward pass")));
             };
-            let weight_gradients = training.weight_gradients.as_deref_mut().map(|all| &mut all[index]);
-            grad = layer.backward(
-                index,
-                grad,
-                kept,
-                pass,
-                training.gradients,
-                weight_gradients,
-                communicator,
-            )?;
+            let observed = training.observed.as_deref_mut().map(|all| &mut all[index]);
+            grad = layer.backward(index, grad, kept, pass, training.gradients, observed, communicator)?;
         }
         Ok(())
     }
 
-    fn pass<'a>(&'a self, rows: &Rows, adapters: &'a Adapters, first_token: i64) -> Result<Pass<'a>> {
+    /// Windows made ready, and the first layer's input `[b * t, d]`.
+    pub(crate) fn embed(
+        &mut self,
+        rows: &[&[u32]],
+        communicator: &mut dyn Communicator,
+    ) -> Result<(Rows, Tensor)> {
+        let rows = self.rows(rows)?;
+        self.prepare_rotary(rows.tokens)?;
+        let hidden =
+            VocabularyHead::embed(&self.embedding, &self.vocabulary, &rows.ids, self.compute, communicator)?;
+        Ok((rows, hidden))
+    }
+
+    /// What a pass over `rows`, as long as those made ready last, is made of.
+    pub(crate) fn pass<'a>(
+        &'a self,
+        rows: &Rows,
+        adapters: &'a Adapters,
+        first_token: i64,
+    ) -> Result<Pass<'a>> {
         let Some((_, rotary)) = &self.rotary else {
             return Err(Fault::Refused("the rotary table was not prepared".into()));
         };
-        Ok(Pass {
+        Ok(self.pass_at(rows, adapters, first_token, rotary))
+    }
+
+    /// A pass whose tokens stand where `rotary` says.
+    fn pass_at<'a>(
+        &'a self,
+        rows: &Rows,
+        adapters: &'a Adapters,
+        first_token: i64,
+        rotary: &'a RotaryTable,
+    ) -> Pass<'a> {
+        Pass {
             rows: rows.rows,
             tokens: rows.tokens,
             head_dim: self.head_dim,
@@ -227,13 +285,24 @@ impl Model {
             first_token,
             hidden_features: &self.hidden_features,
             compute: self.compute,
-        })
+            sees: None,
+        }
     }
 
     fn prepare_rotary(&mut self, tokens: i64) -> Result<()> {
         if self.rotary.as_ref().is_none_or(|(prepared, _)| *prepared != tokens) {
             let table = RotaryTable::new(&self.inverse_frequencies, tokens, &self.final_norm)?;
             self.rotary = Some((tokens, table));
+        }
+        Ok(())
+    }
+
+    fn check_token(&self, id: u32) -> Result<()> {
+        if id as usize >= self.vocab_size {
+            return Err(Fault::Refused(format!(
+                "token id {id} is not below the model's vocabulary size {}",
+                self.vocab_size
+            )));
         }
         Ok(())
     }
@@ -253,12 +322,7 @@ impl Model {
         let (mut positions, mut targets) = (Vec::new(), Vec::new());
         for (index, row) in rows.iter().enumerate() {
             for (token, &id) in row.iter().enumerate() {
-                if id as usize >= self.vocab_size {
-                    return Err(Fault::Refused(format!(
-                        "token id {id} is not below the model's vocabulary size {}",
-                        self.vocab_size
-                    )));
-                }
+                self.check_token(id)?;
                 ids[index * tokens + token] = i64::from(id);
                 if token > 0 {
                     positions.push((index * tokens + token - 1) as i64);

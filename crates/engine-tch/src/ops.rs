@@ -4,11 +4,16 @@
 //! Shapes: n tokens of all rows · d hidden · t tokens of a row · h query heads · g key/value heads · k head_dim ·
 //! i channels. Everything on this rank.
 
+pub(crate) mod causal;
 mod fused;
+pub(crate) mod low_rank;
+pub(crate) mod matmul;
+pub(crate) mod on_cuda;
 pub(crate) mod plain;
+pub(crate) mod scores;
 
 use crate::fault::Result;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 pub(crate) use fused::dropout as fused_dropout;
 pub(crate) use fused::takes as fused_takes;
@@ -64,7 +69,20 @@ pub(crate) struct RotaryTable {
 impl RotaryTable {
     /// For positions `0 .. tokens`, on the device and in the format of `like`.
     pub(crate) fn new(inverse_frequencies: &[f64], tokens: i64, like: &Tensor) -> Result<Self> {
-        let positions = Tensor::f_arange(tokens, (Kind::Double, tch::Device::Cpu))?;
+        Self::of(inverse_frequencies, &Tensor::f_arange(tokens, (Kind::Double, tch::Device::Cpu))?, like)
+    }
+
+    /// For tokens that stand at `positions`, one by one.
+    pub(crate) fn at(inverse_frequencies: &[f64], positions: &[i64], like: &Tensor) -> Result<Self> {
+        Self::of(inverse_frequencies, &Tensor::f_from_slice(positions)?.f_to_kind(Kind::Double)?, like)
+    }
+
+    #[cfg(test)]
+    pub(crate) fn tables(&self) -> (&Tensor, &Tensor) {
+        (&self.cos, &self.sin)
+    }
+
+    fn of(inverse_frequencies: &[f64], positions: &Tensor, like: &Tensor) -> Result<Self> {
         let frequencies = Tensor::f_from_slice(inverse_frequencies)?;
         let angles = positions.f_unsqueeze(1)?.f_mul(&frequencies.f_unsqueeze(0)?)?;
         let place = |table: Tensor| -> Result<Tensor> {
@@ -82,6 +100,11 @@ impl RotaryTable {
     /// The transpose of [`Self::rotate`]: rotation by the opposite angle.
     pub(crate) fn rotate_back(&self, grad: &Tensor, heads: i64) -> Result<Tensor> {
         self.turn(grad, -1.0, heads)
+    }
+
+    /// Turns a CPU tensor in f32 or f64 where it lies.
+    fn turn_in_place(&self, x: &Tensor, sign: f64, heads: i64) -> Result<()> {
+        fused::rotate_in_place(x, &self.cos, &self.sin, sign, heads)
     }
 
     fn turn(&self, x: &Tensor, sign: f64, heads: i64) -> Result<Tensor> {
@@ -131,13 +154,21 @@ pub(crate) struct Attended {
     /// `[b, t, h, k]`, contiguous.
     pub(crate) out: Tensor,
     log_sum_exp: Tensor,
+    /// Of the CUDA operator.
+    flash: Option<on_cuda::FlashState>,
 }
 
-/// Causal softmax attention, scaled by `1 / sqrt(k)`, by libtorch's fused operator.
+/// Causal softmax attention, scaled by `1 / sqrt(k)`, by kernels of our own on a CPU, else by libtorch's fused operator.
 /// `q` `[b, t, h, k]`, `k` and `v` `[b, t, g, k]`; each key/value head serves `h / g` consecutive query heads.
 pub(crate) fn attention(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Attended> {
+    if causal::takes(q) {
+        return causal::attention(q, k, v);
+    }
     let shared = q.size()[2] / k.size()[2];
     let (k, v) = (repeat_heads(k, shared)?, repeat_heads(v, shared)?);
+    if q.device() != Device::Cpu {
+        return attention_on_device(q, &k, &v);
+    }
     let (out, log_sum_exp) = Tensor::f_internal_scaled_dot_product_flash_attention_for_cpu::<Tensor>(
         &q.f_transpose(1, 2)?,
         &k.f_transpose(1, 2)?,
@@ -147,7 +178,24 @@ pub(crate) fn attention(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Attended> 
         None,
         None,
     )?;
-    Ok(Attended { out: out.f_transpose(1, 2)?.f_contiguous()?, log_sum_exp })
+    Ok(Attended { out: out.f_transpose(1, 2)?.f_contiguous()?, log_sum_exp, flash: None })
+}
+
+/// [`attention`] where a token sees what `sees` `[b, 1, t, t]` says. Not for a backward pass.
+pub(crate) fn attention_where(q: &Tensor, k: &Tensor, v: &Tensor, sees: &Tensor) -> Result<Attended> {
+    let shared = q.size()[2] / k.size()[2];
+    let (k, v) = (repeat_heads(k, shared)?, repeat_heads(v, shared)?);
+    let out = Tensor::f_scaled_dot_product_attention(
+        &q.f_transpose(1, 2)?,
+        &k.f_transpose(1, 2)?,
+        &v.f_transpose(1, 2)?,
+        Some(sees),
+        0.0,
+        false,
+        None,
+        false,
+    )?;
+    Ok(Attended { out: out.f_transpose(1, 2)?.f_contiguous()?, log_sum_exp: Tensor::new(), flash: None })
 }
 
 /// Gradients of q, k and v, shaped like them.
@@ -158,8 +206,16 @@ pub(crate) fn attention_backward(
     v: &Tensor,
     attended: &Attended,
 ) -> Result<(Tensor, Tensor, Tensor)> {
+    if causal::takes(q) {
+        let (_, [grad_q, grad_k, grad_v]) = causal::attention_backward(grad_out, [q, k, v], attended)?;
+        return Ok((grad_q, grad_k, grad_v));
+    }
     let shared = q.size()[2] / k.size()[2];
     let (k, v) = (repeat_heads(k, shared)?, repeat_heads(v, shared)?);
+    if q.device() != Device::Cpu {
+        let (grad_q, grad_k, grad_v) = attention_backward_on_device(grad_out, q, &k, &v, attended)?;
+        return Ok((grad_q, sum_shared(&grad_k, shared)?, sum_shared(&grad_v, shared)?));
+    }
     let (grad_q, grad_k, grad_v) =
         Tensor::f_internal_scaled_dot_product_flash_attention_for_cpu_backward::<Tensor>(
             &grad_out.f_transpose(1, 2)?,
@@ -178,6 +234,38 @@ pub(crate) fn attention_backward(
         sum_shared(&grad_k.f_transpose(1, 2)?, shared)?,
         sum_shared(&grad_v.f_transpose(1, 2)?, shared)?,
     ))
+}
+
+/// Causal attention of `[b, t, h, k]` tensors: libtorch's flash kernels where they take the format, else plain products.
+fn attention_on_device(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Attended> {
+    let heads_first = |x: &Tensor| x.f_transpose(1, 2);
+    let (q, k, v) = (heads_first(q)?, heads_first(k)?, heads_first(v)?);
+    let (out, log_sum_exp, flash) = if on_cuda::flash_takes(&q) {
+        let (out, log_sum_exp, state) = on_cuda::flash_attention(&q, &k, &v)?;
+        (out, log_sum_exp, Some(state))
+    } else {
+        let (out, log_sum_exp) = plain::attention(&q, &k, &v)?;
+        (out, log_sum_exp, None)
+    };
+    Ok(Attended { out: out.f_transpose(1, 2)?.f_contiguous()?, log_sum_exp, flash })
+}
+
+fn attention_backward_on_device(
+    grad_out: &Tensor,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    attended: &Attended,
+) -> Result<(Tensor, Tensor, Tensor)> {
+    let heads_first = |x: &Tensor| x.f_transpose(1, 2);
+    let (q, k, v) = (heads_first(q)?, heads_first(k)?, heads_first(v)?);
+    let (grad_out, out) = (heads_first(grad_out)?, heads_first(&attended.out)?);
+    let log_sum_exp = &attended.log_sum_exp;
+    let (grad_q, grad_k, grad_v) = match &attended.flash {
+        Some(state) => on_cuda::flash_attention_backward(&grad_out, [&q, &k, &v], &out, log_sum_exp, state)?,
+        None => plain::attention_backward(&grad_out, [&q, &k, &v], &out, log_sum_exp)?,
+    };
+    Ok((grad_q.f_transpose(1, 2)?, grad_k.f_transpose(1, 2)?, grad_v.f_transpose(1, 2)?))
 }
 
 /// `[b, t, g, k]` to `[b, t, g * shared, k]`, each head repeated in place.

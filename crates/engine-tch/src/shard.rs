@@ -1,22 +1,25 @@
 //! One rank's shard: the optimizer step, evaluation and checkpoints, over the pieces of the other modules.
 
-use crate::communicator::{Alone, Communicator, Gloo, Store};
+use crate::communicator::{Alone, Communicator, Gloo, Meeting, Nccl, ReduceOp, Store, unique_id};
+use crate::device;
 use crate::dropout::Dropout;
 use crate::export;
 use crate::factors::{Factor, FactorLayout};
 use crate::fault::{Fault, Result};
+use crate::frozen::FrozenFormat;
 use crate::importance::{self, LiveGroups, ScoreInputs};
-use crate::layer::WeightGradients;
 use crate::memory;
 use crate::model::{Adapters, Model, Training};
+use crate::observed::Observed;
 use crate::optimizer::Moments;
-use crate::source::{Source, compute_kind, storage_kind};
+use crate::source::{Source, compute_kind};
 use crate::state_file;
+use crate::teacher::Teacher;
 use engine::{
-    Engine, EngineError, ExportJob, ExportWritten, MaskApplied, NllSum, ProjectionScores, Rendezvous,
-    ShardEngine, ShardSetup, StepOutcome,
+    CollectiveBackend, Engine, EngineError, ExportJob, ExportWritten, MaskApplied, NllSum, PhaseTimes,
+    ProjectionScores, Prompt, Rendezvous, ShardEngine, ShardSetup, StepOutcome,
 };
-use model_spec::Projection;
+use model_spec::{ModelSpec, Projection};
 use pruning::KeepMask;
 use recipe::{Compute, Criterion, Optimizer};
 use sharding::{Placement, vocabulary_rows};
@@ -30,6 +33,8 @@ pub struct TchEngine {
     threads: usize,
     /// Program whose sub-command `logits` reloads an exported folder (see [`crate::write_logits`]).
     logits_program: PathBuf,
+    backend: Option<CollectiveBackend>,
+    random: Option<ModelSpec>,
 }
 
 impl TchEngine {
@@ -40,7 +45,19 @@ impl TchEngine {
     #[must_use]
     pub fn new(device: Device, threads: usize, logits_program: PathBuf) -> Self {
         memory::keep_freed_memory();
-        Self { device, threads, logits_program }
+        Self { device, threads, logits_program, backend: None, random: None }
+    }
+
+    /// Groups of this engine's shards use `backend`, whatever is chosen for them: Gloo where two ranks share a GPU.
+    #[must_use]
+    pub fn with_backend(self, backend: CollectiveBackend) -> Self {
+        Self { backend: Some(backend), ..self }
+    }
+
+    /// Shards hold random weights of shape `spec`, made on the device, and read no model: for measurements.
+    #[must_use]
+    pub fn with_random_weights(self, spec: ModelSpec) -> Self {
+        Self { random: Some(spec), ..self }
     }
 
     fn use_threads(&self) {
@@ -51,7 +68,14 @@ impl TchEngine {
 impl Engine for TchEngine {
     fn load(&self, setup: ShardSetup) -> std::result::Result<Box<dyn ShardEngine>, EngineError> {
         self.use_threads();
-        Ok(Box::new(Shard::load(setup, self.device)?))
+        let source = match &self.random {
+            Some(spec) => Source::random(spec.clone(), self.device),
+            None => Source::open(&setup.model)?,
+        };
+        check_compute(&setup, self.device)?;
+        let mut shard = Shard::load_from(setup, source, self.device)?;
+        shard.fixed_backend = self.backend;
+        Ok(Box::new(shard))
     }
 
     fn export(&self, job: &ExportJob) -> std::result::Result<ExportWritten, EngineError> {
@@ -74,28 +98,38 @@ pub(crate) struct Shard {
     pub(crate) factors: Tensor,
     pub(crate) moments: Moments,
     pub(crate) gradients: Tensor,
-    pub(crate) weight_gradients: Option<Vec<WeightGradients>>,
+    pub(crate) observed: Option<Vec<Observed>>,
     pub(crate) live: Vec<LiveGroups>,
+    /// Empty without distillation.
+    pub(crate) teacher: Teacher,
     pub(crate) communicator: Box<dyn Communicator>,
     pub(crate) device: Device,
     rendezvous: Option<Store>,
+    /// Whatever the group is told.
+    fixed_backend: Option<CollectiveBackend>,
+    chosen_backend: CollectiveBackend,
     _no_grad: tch::NoGradGuard,
 }
 
 impl Shard {
+    #[cfg(test)]
     pub(crate) fn load(setup: ShardSetup, device: Device) -> Result<Self> {
+        check_compute(&setup, device)?;
+        let source = Source::open(&setup.model)?;
+        Self::load_from(setup, source, device)
+    }
+
+    pub(crate) fn load_from(setup: ShardSetup, source: Source, device: Device) -> Result<Self> {
         let no_grad = tch::no_grad_guard();
+        device::make_current(device)?;
         if let Some(violation) = setup.recipe.violations().first() {
             return Err(Fault::Refused(violation.to_string()));
         }
         let precision = setup.recipe.precision;
-        if precision.compute == Compute::Bf16 && device == Device::Cpu {
-            return Err(Fault::Refused(
-                "`precision.compute: bf16` needs a CUDA device; use f32 on a CPU".into(),
-            ));
-        }
-        let source = Source::open(&setup.model)?;
         let spec = source.spec();
+        if let Some(violation) = setup.recipe.violations_on(spec.vocab_size).first() {
+            return Err(Fault::Refused(violation.to_string()));
+        }
         let placement =
             Placement::dense(spec, setup.tp_degree).map_err(|error| Fault::Refused(error.to_string()))?;
         let Some(held) = placement.ranks.get(setup.tp_rank) else {
@@ -104,7 +138,7 @@ impl Shard {
                 setup.tp_rank, setup.tp_degree
             )));
         };
-        let (storage, compute) = (storage_kind(precision.storage), compute_kind(precision.compute));
+        let (storage, compute) = (FrozenFormat::of(precision.storage), compute_kind(precision.compute));
         let vocabulary = vocabulary_rows(spec.vocab_size, setup.tp_degree, setup.tp_rank);
         let model = Model::load(&source, held, vocabulary, storage, compute, device)?;
         let layout = FactorLayout::new(spec, held, setup.recipe.lora.rank);
@@ -115,7 +149,7 @@ impl Shard {
         Ok(Self {
             moments: Moments::zeros_like(&factors)?,
             gradients: factors.f_zeros_like()?,
-            weight_gradients: None,
+            observed: None,
             source,
             placement,
             keep_mask,
@@ -124,9 +158,12 @@ impl Shard {
             layout,
             factors,
             live,
+            teacher: Teacher::default(),
             communicator: Box::new(Alone),
             device,
             rendezvous: None,
+            fixed_backend: None,
+            chosen_backend: default_backend(device),
             setup,
             _no_grad: no_grad,
         })
@@ -137,7 +174,7 @@ impl Shard {
     }
 
     /// The factors in the format of the products.
-    fn compute_factors(&self) -> Result<Tensor> {
+    pub(crate) fn compute_factors(&self) -> Result<Tensor> {
         Ok(self.factors.f_to_kind(compute_kind(self.setup.recipe.precision.compute))?)
     }
 
@@ -149,10 +186,11 @@ impl Shard {
         }
         let _ = self.gradients.f_zero_()?;
         let criterion = recipe.pruning.as_ref().map(|pruning| pruning.criterion);
-        self.prepare_weight_gradients(criterion)?;
+        self.prepare_observed(criterion)?;
         let factors = self.compute_factors()?;
         let mut total = 0.0;
         let mut first_token = 0;
+        let mut times = PhaseTimes::default();
         for rows in micro_batches {
             let adapters = Adapters {
                 layout: &self.layout,
@@ -161,12 +199,18 @@ impl Shard {
                 scaling: recipe.lora.scaling(),
                 dropout: Dropout { probability: recipe.lora.dropout, seed: recipe.seed, step },
             };
+            let soft_targets = match &recipe.distillation {
+                Some(distillation) => Some(self.teacher.targets(rows, distillation.weight)?),
+                None => None,
+            };
             let training = Training {
                 gradients: &self.gradients,
-                weight_gradients: self.weight_gradients.as_deref_mut(),
+                observed: self.observed.as_deref_mut(),
                 loss_scale: 1.0 / predictions as f64,
                 first_token,
                 recompute: recipe.recompute,
+                soft_targets,
+                times: &mut times,
             };
             let (nll, _) = self.model.negative_log_likelihood(
                 rows,
@@ -182,6 +226,7 @@ impl Shard {
         if !loss.is_finite() {
             return Err(Fault::NotFinite { what: "loss".into(), step, value: loss });
         }
+        let passed = Instant::now();
         self.communicator.all_reduce_sum(&mut self.layout.replicated(&self.gradients)?)?;
         let grad_norm = self.gradient_norm()?;
         if !grad_norm.is_finite() {
@@ -192,14 +237,15 @@ impl Shard {
         }
         let started = Instant::now();
         let scores = match criterion {
-            Some(criterion) => self.scores(step, criterion, importance::TILE_ELEMENTS)?,
+            Some(criterion) => self.scores(step, criterion, importance::tile_elements(self.device))?,
             None => Vec::new(),
         };
         let score_time = started.elapsed();
-        let learning_rate = recipe.learning_rate.at(step, recipe.steps);
+        let learning_rate = recipe.learning_rate_at(step);
         let Optimizer::AdamW(adamw) = &recipe.optimizer;
         self.moments.adamw_step(&mut self.factors, &self.gradients, learning_rate, adamw)?;
-        Ok(StepOutcome { loss, grad_norm, learning_rate, scores, score_time })
+        times.optimizer = passed.elapsed().saturating_sub(score_time);
+        Ok(StepOutcome { loss, grad_norm, learning_rate, scores, score_time, phase_times: times })
     }
 
     /// Global L2 norm: split factors add up over ranks, replicated ones count once.
@@ -237,7 +283,7 @@ impl Shard {
             layout: &self.layout,
             factors: &self.factors,
             gradients: &self.gradients,
-            weight_gradients: self.weight_gradients.as_deref(),
+            observed: self.observed.as_deref(),
             scaling: self.setup.recipe.lora.scaling(),
             head_dim: self.source.spec().head_dim as i64,
             step,
@@ -250,29 +296,42 @@ impl Shard {
         Ok(all)
     }
 
-    /// Zeroed sums for the true gradients of the weights, where the criterion wants them.
-    fn prepare_weight_gradients(&mut self, criterion: Option<Criterion>) -> Result<()> {
-        if criterion != Some(Criterion::Taylor) {
+    /// Zero sums of what the criterion wants beside the factors' gradients; those of the step before go first.
+    fn prepare_observed(&mut self, criterion: Option<Criterion>) -> Result<()> {
+        self.observed = None;
+        let Some(criterion) = criterion else { return Ok(()) };
+        let kind = self.factors.kind();
+        let layers = self.model.layers.iter();
+        self.observed = layers.map(|layer| Observed::zeros(criterion, layer, kind)).collect::<Result<_>>()?;
+        Ok(())
+    }
+
+    /// Has the unpruned model read those of `rows` that it has not read yet.
+    fn teach_rows(&mut self, rows: &[&[u32]]) -> Result<()> {
+        let Some(distillation) = self.setup.recipe.distillation else {
+            return Err(Fault::Refused("the recipe does not distil".into()));
+        };
+        if self.generation > 0 {
+            return Err(Fault::Refused(format!(
+                "generation {} is in force: only the unpruned model teaches",
+                self.generation
+            )));
+        }
+        let unread = self.teacher.unread(rows);
+        if unread.is_empty() {
             return Ok(());
         }
-        let kind = self.factors.kind();
-        let zeros = |weight: &Tensor| weight.f_zeros_like()?.f_to_kind(kind);
-        self.weight_gradients = None;
-        self.weight_gradients = Some(
-            self.model
-                .layers
-                .iter()
-                .map(|layer| {
-                    Ok(WeightGradients {
-                        qkv: zeros(&layer.qkv)?,
-                        o: zeros(&layer.o)?,
-                        gate_up: zeros(&layer.gate_up)?,
-                        down: zeros(&layer.down)?,
-                    })
-                })
-                .collect::<Result<_>>()?,
-        );
-        Ok(())
+        let no_factors = self.compute_factors()?.f_zeros_like()?;
+        let adapters = Adapters {
+            layout: &self.layout,
+            factors: &no_factors,
+            lora_rank: self.setup.recipe.lora.rank,
+            scaling: self.setup.recipe.lora.scaling(),
+            dropout: Dropout::off(),
+        };
+        let read =
+            self.model.likeliest(&unread, &adapters, distillation.top_k, self.communicator.as_mut())?;
+        self.teacher.keep(&unread, &read)
     }
 
     fn evaluate_rows(&mut self, rows: &[&[u32]], rows_per_pass: usize) -> Result<NllSum> {
@@ -294,6 +353,18 @@ impl Shard {
         Ok(sum)
     }
 
+    fn judge(&mut self, prompts: &[Prompt<'_>]) -> Result<Vec<Vec<f64>>> {
+        let factors = self.compute_factors()?;
+        let adapters = Adapters {
+            layout: &self.layout,
+            factors: &factors,
+            lora_rank: self.setup.recipe.lora.rank,
+            scaling: self.setup.recipe.lora.scaling(),
+            dropout: Dropout::off(),
+        };
+        self.model.continuation_log_likelihoods(prompts, &adapters, self.communicator.as_mut())
+    }
+
     /// Logits `[tokens of all prompts, vocabulary on this rank]`.
     pub(crate) fn prompt_logits(&mut self, prompts: &[Vec<u32>]) -> Result<Tensor> {
         let factors = self.compute_factors()?;
@@ -311,41 +382,115 @@ impl Shard {
         Ok(Tensor::f_cat(&logits, 0)?)
     }
 
+    fn choose(&mut self, backend: CollectiveBackend) -> Result<()> {
+        let backend = self.fixed_backend.unwrap_or(backend);
+        if backend == CollectiveBackend::Nccl && !self.device.is_cuda() {
+            return Err(Fault::Refused(format!(
+                "NCCL needs a CUDA device, this rank computes on {:?}; use Gloo",
+                self.device
+            )));
+        }
+        self.chosen_backend = backend;
+        Ok(())
+    }
+
+    fn open_meeting(&mut self, host: &str) -> Result<Meeting> {
+        match self.fixed_backend.unwrap_or(self.chosen_backend) {
+            CollectiveBackend::Gloo => {
+                let store = Store::serve(host, self.setup.collective_timeout.max(Duration::from_secs(1)))?;
+                let port = store.port();
+                self.rendezvous = Some(store);
+                Ok(Meeting::Gloo { host: host.to_owned(), port })
+            }
+            CollectiveBackend::Nccl => Ok(Meeting::Nccl(unique_id()?)),
+        }
+    }
+
+    /// By the library that rank 0 chose.
     fn join(&mut self, rendezvous: &Rendezvous, host: &str) -> Result<()> {
         let (rank, degree) = (self.setup.tp_rank, self.setup.tp_degree);
         if degree == 1 {
             return Ok(());
         }
         let timeout = self.setup.collective_timeout;
-        let store = match self.rendezvous.take() {
-            Some(store) => store,
-            None => {
-                let (host, port) = parse_rendezvous(rendezvous)?;
-                Store::connect(&host, port, timeout)?
+        let served = self.rendezvous.take();
+        self.communicator = match (Meeting::parse(&rendezvous.0)?, served) {
+            (Meeting::Gloo { .. }, Some(store)) => Box::new(Gloo::join(store, host, rank, degree, timeout)?),
+            (Meeting::Gloo { host: address, port }, None) => {
+                let store = Store::connect(&address, port, timeout)?;
+                Box::new(Gloo::join(store, host, rank, degree, timeout)?)
             }
+            (Meeting::Nccl(id), _) => Box::new(Nccl::join(&id, self.device, rank, degree, timeout)?),
         };
-        self.communicator = Box::new(Gloo::join(store, host, rank, degree, timeout)?);
         Ok(())
     }
 }
 
-/// `host:port`, as [`ShardEngine::open_rendezvous`] gives it out.
-fn parse_rendezvous(rendezvous: &Rendezvous) -> Result<(String, u16)> {
-    let text = String::from_utf8_lossy(&rendezvous.0);
-    let parts = text.rsplit_once(':').and_then(|(host, port)| Some((host.to_owned(), port.parse().ok()?)));
-    parts.ok_or_else(|| Fault::Refused(format!("rendezvous `{text}` is not `host:port`")))
+/// Refuses what libtorch does not compute well on `device`.
+fn check_compute(setup: &ShardSetup, device: Device) -> Result<()> {
+    if setup.recipe.precision.compute == Compute::Bf16 && device == Device::Cpu {
+        return Err(Fault::Refused("`precision.compute: bf16` needs a CUDA device; use f32 on a CPU".into()));
+    }
+    Ok(())
+}
+
+fn default_backend(device: Device) -> CollectiveBackend {
+    if device.is_cuda() { CollectiveBackend::Nccl } else { CollectiveBackend::Gloo }
+}
+
+/// Whether the kernels of this program run on `device`; without them libtorch's operators do the same, slower.
+#[must_use]
+pub fn has_kernels(device: Device) -> bool {
+    match device {
+        Device::Cuda(_) => crate::cuda::compiler::elementwise(device).is_some(),
+        Device::Cpu => true,
+        Device::Mps | Device::Vulkan => false,
+    }
+}
+
+/// One rank of NCCL alone on `device`: makes a group of one, sums over it and takes it down again. What an installation
+/// is checked with before it is given a run.
+///
+/// # Errors
+/// When the library is missing or does not work with the device.
+pub fn check_nccl(device: Device, timeout: Duration) -> std::result::Result<(), EngineError> {
+    let mut group = Nccl::join(&unique_id()?, device, 0, 1, timeout)?;
+    for kind in [Kind::Float, Kind::BFloat16] {
+        let ones = || Tensor::f_ones([1 << 20], (kind, device)).map_err(Fault::from);
+        for op in [ReduceOp::Sum, ReduceOp::Max] {
+            let mut values = ones()?;
+            group.all_reduce(&mut values, op)?;
+            if values
+                .f_eq_tensor(&ones()?)
+                .and_then(|same| same.f_all())
+                .map_err(Fault::from)?
+                .int64_value(&[])
+                == 0
+            {
+                return Err(
+                    Fault::Collective(format!("NCCL: {op:?} of one rank changed {kind:?} values")).into()
+                );
+            }
+        }
+    }
+    Ok(())
 }
 
 impl ShardEngine for Shard {
+    fn choose_backend(&mut self, backend: CollectiveBackend) -> std::result::Result<(), EngineError> {
+        Ok(self.choose(backend)?)
+    }
+
     fn open_rendezvous(&mut self, host: &str) -> std::result::Result<Rendezvous, EngineError> {
-        let store = Store::serve(host, self.setup.collective_timeout.max(Duration::from_secs(1)))?;
-        let address = format!("{host}:{}", store.port());
-        self.rendezvous = Some(store);
-        Ok(Rendezvous(address.into_bytes()))
+        Ok(Rendezvous(self.open_meeting(host)?.to_bytes()))
     }
 
     fn join_group(&mut self, rendezvous: &Rendezvous, host: &str) -> std::result::Result<(), EngineError> {
         Ok(self.join(rendezvous, host)?)
+    }
+
+    fn teach(&mut self, rows: &[&[u32]]) -> std::result::Result<(), EngineError> {
+        Ok(self.teach_rows(rows)?)
     }
 
     fn train_step(
@@ -360,8 +505,9 @@ impl ShardEngine for Shard {
         &mut self,
         generation: u64,
         keep_mask: &KeepMask,
+        calibration: &[&[u32]],
     ) -> std::result::Result<MaskApplied, EngineError> {
-        Ok(self.apply(generation, keep_mask)?)
+        Ok(self.apply(generation, keep_mask, calibration)?)
     }
 
     fn evaluate(
@@ -372,11 +518,18 @@ impl ShardEngine for Shard {
         Ok(self.evaluate_rows(rows, rows_per_pass)?)
     }
 
+    fn continuation_log_likelihoods(
+        &mut self,
+        prompts: &[Prompt<'_>],
+    ) -> std::result::Result<Vec<Vec<f64>>, EngineError> {
+        Ok(self.judge(prompts)?)
+    }
+
     fn checkpoint(&mut self, file: &Path, prompts: &[Vec<u32>]) -> std::result::Result<String, EngineError> {
         Ok(state_file::write(self, file, prompts)?)
     }
 
     fn memory_bytes(&self) -> u64 {
-        memory::resident_bytes()
+        device::memory_of(self.device).map_or(0, |memory| memory.reserved)
     }
 }

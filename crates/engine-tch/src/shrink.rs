@@ -2,11 +2,11 @@
 
 use crate::factors::{Factor, FactorLayout, is_replicated, split_features};
 use crate::fault::{Fault, Result};
+use crate::frozen::FrozenFormat;
 use crate::importance::LiveGroups;
-use crate::layer::LayerShard;
-use crate::memory;
+use crate::layer::{LayerShard, Narrowing};
 use crate::shard::Shard;
-use crate::source::{compute_kind, select, storage_kind};
+use crate::source::{compute_kind, select};
 use engine::MaskApplied;
 use model_spec::{Projection, Split};
 use pruning::KeepMask;
@@ -15,7 +15,12 @@ use sharding::{Placement, RankLayer};
 use tch::{Kind, Tensor};
 
 impl Shard {
-    pub(crate) fn apply(&mut self, generation: u64, keep_mask: &KeepMask) -> Result<MaskApplied> {
+    pub(crate) fn apply(
+        &mut self,
+        generation: u64,
+        keep_mask: &KeepMask,
+        calibration: &[&[u32]],
+    ) -> Result<MaskApplied> {
         if generation == self.generation {
             return Ok(MaskApplied { received_groups: 0 });
         }
@@ -37,6 +42,7 @@ impl Shard {
             Some(pruning) => pruning.shrink,
             None => return Err(Fault::Refused("the recipe does not prune".into())),
         };
+        self.compensate(keep_mask, calibration)?;
         let received_groups = match shrink {
             Shrink::Never => {
                 self.mask_only(keep_mask)?;
@@ -95,6 +101,8 @@ impl Shard {
         let received = |now: &[usize], then: &[usize]| {
             then.iter().filter(|unit| now.binary_search(unit).is_err()).count() as u64
         };
+        let moves = Moves::between(&self.placement, &next, spec.head_dim);
+        let columns = self.exchange_columns(&moves)?;
         let mut received_groups = 0;
         for (layer, (now, then)) in mine.iter().zip(then).enumerate() {
             if now == then {
@@ -104,16 +112,25 @@ impl Shard {
             received_groups += groups;
             let precision = self.setup.recipe.precision;
             self.model.layers[layer] = if groups > 0 {
-                let (storage, compute) = (storage_kind(precision.storage), compute_kind(precision.compute));
-                self.source.layer(layer, then, storage, compute, self.device)?
+                let (storage, compute) =
+                    (FrozenFormat::of(precision.storage), compute_kind(precision.compute));
+                let mut fresh = self.source.layer(layer, then, storage, compute, self.device)?;
+                if let Some(columns) = &columns {
+                    for which in Narrowing::BOTH {
+                        let held = self.model.layers[layer].narrowing(which);
+                        *fresh.narrowing_mut(which) =
+                            columns.put_together(held, layer, which, [now, then], spec.head_dim)?;
+                    }
+                }
+                fresh
             } else {
                 slice_layer(&self.model.layers[layer], now, then, spec.head_dim)?
             };
         }
-        self.weight_gradients = None;
+        drop(columns);
+        self.observed = None;
 
         let layout = FactorLayout::new(&spec, then, self.setup.recipe.lora.rank);
-        let moves = Moves::between(&self.placement, &next, spec.head_dim);
         let old = [&self.factors, &self.moments.exp_avg, &self.moments.exp_avg_sq].map(Tensor::shallow_clone);
         let exchanged = self.exchange(&old, &moves)?;
         let mut new = Vec::with_capacity(old.len());
@@ -156,7 +173,7 @@ impl Shard {
         self.layout = layout;
         self.placement = next;
         drop(old);
-        memory::give_back();
+        crate::device::give_back(self.device)?;
         Ok(received_groups)
     }
 
@@ -217,8 +234,8 @@ fn split_dim(projection: Projection) -> i64 {
 }
 
 /// Features that change ranks: `features[layer][projection]`, ascending; the same list on every rank.
-struct Moves {
-    features: Vec<[Vec<i64>; 7]>,
+pub(crate) struct Moves {
+    pub(crate) features: Vec<[Vec<i64>; 7]>,
 }
 
 impl Moves {
@@ -309,21 +326,17 @@ fn slice_layer(shard: &LayerShard, now: &RankLayer, then: &RankLayer, head_dim: 
         [positions(Projection::Q, 0), positions(Projection::K, query), positions(Projection::V, query + key)]
             .concat();
     let gate_up = [positions(Projection::Gate, 0), positions(Projection::Up, shard.channels)].concat();
-    let owned = |part: Tensor| -> Result<Tensor> { Ok(part.f_detach_copy()?) };
     let indices = |projection| -> Result<Tensor> {
         let features = split_features(then, projection, head_dim);
         Ok(Tensor::f_from_slice(&features)?.f_to_device(shard.o.device())?)
     };
-    let columns = |weight: &Tensor, projection| -> Result<Tensor> {
-        Ok(select(weight, 1, &positions(projection, 0))?.f_contiguous()?)
-    };
     Ok(LayerShard {
         input_norm: shard.input_norm.shallow_clone(),
         post_attention_norm: shard.post_attention_norm.shallow_clone(),
-        qkv: owned(select(&shard.qkv, 0, &qkv)?)?,
-        o: columns(&shard.o, Projection::O)?,
-        gate_up: owned(select(&shard.gate_up, 0, &gate_up)?)?,
-        down: columns(&shard.down, Projection::Down)?,
+        qkv: shard.qkv.sliced(Split::Column, &qkv)?,
+        o: shard.o.sliced(Split::Row, &positions(Projection::O, 0))?,
+        gate_up: shard.gate_up.sliced(Split::Column, &gate_up)?,
+        down: shard.down.sliced(Split::Row, &positions(Projection::Down, 0))?,
         query_heads: then.query_heads.len() as i64,
         kv_heads: then.kv_heads.len() as i64,
         channels: then.channels.len() as i64,

@@ -1,21 +1,33 @@
 //! Frozen weights from a model folder: a rank's rows and columns, in the run's storage format, on its device.
 
+use crate::dropout::splitmix;
 use crate::factors::split_features;
 use crate::fault::{Fault, Result, chain};
+use crate::frozen::{FrozenFormat, FrozenWeight};
 use crate::layer::LayerShard;
 use checkpoint::{Dtype, ModelFolder, TensorView, Weights};
 use model_spec::{ModelSpec, Projection, Split};
-use recipe::{Compute, Storage};
+use recipe::Compute;
 use sharding::RankLayer;
+use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;
 use tch::{Device, Kind, Tensor};
 
-/// A model folder, opened and checked, its weights mapped.
+/// Where frozen weights come from.
 pub(crate) struct Source {
-    pub(crate) folder: ModelFolder,
-    weights: Weights,
+    origin: Origin,
 }
+
+enum Origin {
+    /// A model folder, opened and checked, its weights mapped.
+    Folder { folder: Box<ModelFolder>, weights: Box<Weights> },
+    /// Normal numbers that depend on the tensor's name alone, made on the device: for measurements.
+    Random { spec: Box<ModelSpec>, shapes: HashMap<String, Vec<usize>>, device: Device },
+}
+
+/// Standard deviation of random weights, as models are initialised.
+const RANDOM_DEVIATION: f64 = 0.02;
 
 pub(crate) fn compute_kind(compute: Compute) -> Kind {
     match compute {
@@ -25,36 +37,49 @@ pub(crate) fn compute_kind(compute: Compute) -> Kind {
     }
 }
 
-pub(crate) fn storage_kind(storage: Storage) -> Kind {
-    match storage {
-        Storage::F32 => Kind::Float,
-        Storage::F64 => Kind::Double,
-        Storage::Bf16 => Kind::BFloat16,
-    }
-}
-
 impl Source {
     pub(crate) fn open(path: &Path) -> Result<Self> {
         let folder = ModelFolder::open(path).map_err(|error| Fault::File(chain(&error)))?;
         let weights = folder.open_weights().map_err(|error| Fault::File(chain(&error)))?;
-        Ok(Self { folder, weights })
+        Ok(Self { origin: Origin::Folder { folder: Box::new(folder), weights: Box::new(weights) } })
+    }
+
+    /// A model of shape `spec` with random weights, which are made on `device` when they are asked for.
+    pub(crate) fn random(spec: ModelSpec, device: Device) -> Self {
+        let shapes = checkpoint::required_tensors(&spec).into_iter().collect();
+        Self { origin: Origin::Random { spec: Box::new(spec), shapes, device } }
     }
 
     pub(crate) fn spec(&self) -> &ModelSpec {
-        self.folder.spec()
+        match &self.origin {
+            Origin::Folder { folder, .. } => folder.spec(),
+            Origin::Random { spec, .. } => spec,
+        }
     }
 
-    pub(crate) fn weights(&self) -> &Weights {
-        &self.weights
+    pub(crate) fn folder(&self) -> Result<(&ModelFolder, &Weights)> {
+        match &self.origin {
+            Origin::Folder { folder, weights } => Ok((folder, weights)),
+            Origin::Random { .. } => Err(Fault::Refused("a random model has no files".into())),
+        }
     }
 
     pub(crate) fn view(&self, name: &str) -> Result<TensorView<'_>> {
-        self.weights.tensor(name).ok_or_else(|| Fault::File(format!("the model has no tensor `{name}`")))
+        let (_, weights) = self.folder()?;
+        weights.tensor(name).ok_or_else(|| Fault::File(format!("the model has no tensor `{name}`")))
     }
 
-    /// A whole tensor as it lies in the file, on the CPU.
+    /// A whole tensor as it lies in the file, on the CPU; a random one on its device.
     pub(crate) fn tensor(&self, name: &str) -> Result<Tensor> {
-        as_tensor(&self.view(name)?)
+        match &self.origin {
+            Origin::Folder { .. } => as_tensor(&self.view(name)?),
+            Origin::Random { shapes, device, .. } => {
+                let shape = shapes
+                    .get(name)
+                    .ok_or_else(|| Fault::File(format!("the model has no tensor `{name}`")))?;
+                random_tensor(name, shape, *device)
+            }
+        }
     }
 
     /// The part of `tensor` that `place` takes, as a new tensor of `kind`; refuses numbers that are not finite.
@@ -93,17 +118,30 @@ impl Source {
         layer: usize,
         projection: Projection,
         held: &RankLayer,
-        kind: Kind,
+        format: FrozenFormat,
         device: Device,
-    ) -> Result<Tensor> {
+    ) -> Result<FrozenWeight> {
         let name = checkpoint::projection_weight(layer, projection);
         let features = split_features(held, projection, self.spec().head_dim);
-        let dim = match projection.split() {
-            Split::Column => 0,
-            Split::Row => 1,
-        };
-        let part = select(&self.tensor(&name)?, dim, &features)?;
-        self.placed(&name, &part, kind, device)
+        let whole = self.tensor(&name)?;
+        if let FrozenFormat::Dense(kind) = format {
+            let dim = match projection.split() {
+                Split::Column => 0,
+                Split::Row => 1,
+            };
+            return Ok(FrozenWeight::Dense(self.placed(
+                &name,
+                &select(&whole, dim, &features)?,
+                kind,
+                device,
+            )?));
+        }
+        let quantised = FrozenWeight::quantise(&whole, projection.split(), &features, format, device)?;
+        if !quantised.is_finite()? {
+            checkpoint::check_finite(&self.view(&name)?).map_err(|error| Fault::File(error.to_string()))?;
+            return Err(Fault::File(format!("tensor `{name}` exceeds the range of f32")));
+        }
+        Ok(quantised)
     }
 
     /// The frozen part of layer `layer` that a rank holds.
@@ -111,7 +149,7 @@ impl Source {
         &self,
         layer: usize,
         held: &RankLayer,
-        storage: Kind,
+        storage: FrozenFormat,
         compute: Kind,
         device: Device,
     ) -> Result<LayerShard> {
@@ -123,12 +161,13 @@ impl Source {
         Ok(LayerShard {
             input_norm: self.norm(&checkpoint::input_norm(layer), compute, device)?,
             post_attention_norm: self.norm(&checkpoint::post_attention_norm(layer), compute, device)?,
-            qkv: Tensor::f_cat(
-                &[projection(Projection::Q)?, projection(Projection::K)?, projection(Projection::V)?],
-                0,
-            )?,
+            qkv: FrozenWeight::stack(vec![
+                projection(Projection::Q)?,
+                projection(Projection::K)?,
+                projection(Projection::V)?,
+            ])?,
             o: projection(Projection::O)?,
-            gate_up: Tensor::f_cat(&[projection(Projection::Gate)?, projection(Projection::Up)?], 0)?,
+            gate_up: FrozenWeight::stack(vec![projection(Projection::Gate)?, projection(Projection::Up)?])?,
             down: projection(Projection::Down)?,
             query_heads: held.query_heads.len() as i64,
             kv_heads: held.kv_heads.len() as i64,
@@ -139,6 +178,18 @@ impl Source {
             channel_keep: None,
         })
     }
+}
+
+/// Ones for a norm, else small normal numbers from a seed made of the name.
+fn random_tensor(name: &str, shape: &[usize], device: Device) -> Result<Tensor> {
+    let shape: Vec<i64> = shape.iter().map(|size| *size as i64).collect();
+    let options = (Kind::BFloat16, device);
+    if shape.len() == 1 {
+        return Ok(Tensor::f_ones(&shape, options)?);
+    }
+    let seed = name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| splitmix(hash ^ u64::from(byte)));
+    tch::manual_seed((seed >> 1) as i64);
+    Ok(Tensor::f_randn(&shape, options)?.f_mul_scalar_(RANDOM_DEVIATION)?)
 }
 
 /// `indices` along `dim`; a view where they are consecutive.

@@ -1,11 +1,14 @@
-//! A rank's part of a checkpoint: LoRA factors, moments, what it holds, and its part of the logits that an export is
+//! A rank's part of a checkpoint: LoRA factors, moments, o and down where compensation changes them, what it holds, and its part of the logits that an export is
 //! checked against.
 
+use crate::compensation::as_stored;
 use crate::factors::Factor;
 use crate::fault::{Fault, Result, chain};
+use crate::layer::Narrowing;
 use crate::shard::Shard;
 use checkpoint::{Dtype, Sha256Digest, TensorFile, TensorRef};
 use model_spec::Projection;
+use recipe::Compensation;
 use sharding::RankLayer;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -18,6 +21,11 @@ pub(crate) const PROBE_LOGITS: &str = "probe.logits";
 /// Name of a factor or moment: `lora.layers.3.q_proj.lora_a`.
 pub(crate) fn factor_name(prefix: &str, layer: usize, projection: Projection, factor: Factor) -> String {
     format!("{prefix}.layers.{layer}.{projection}.{}", factor.name())
+}
+
+/// Name of a frozen matrix that compensation changes: `base.layers.3.o_proj`.
+pub(crate) fn base_name(layer: usize, projection: Projection) -> String {
+    format!("base.layers.{layer}.{projection}")
 }
 
 /// Writes `file` and returns its SHA-256 in hex.
@@ -38,6 +46,18 @@ pub(crate) fn write(shard: &mut Shard, file: &Path, prompts: &[Vec<u32>]) -> Res
                 }
             }
         }
+    }
+    match shard.setup.recipe.pruning.as_ref().map(|pruning| pruning.compensation) {
+        Some(Compensation::LeastSquares(_)) => {
+            for (layer, weights) in shard.model.layers.iter().enumerate() {
+                for which in Narrowing::BOTH {
+                    let (shape, dtype, bytes) = to_bytes(as_stored(weights.narrowing(which))?)?;
+                    tensors.push((base_name(layer, which.projection()), shape, dtype, bytes));
+                }
+            }
+        }
+        // The model's folder has them.
+        Some(Compensation::None) | None => {}
     }
     if !prompts.is_empty() {
         let (shape, dtype, bytes) = to_bytes(&shard.prompt_logits(prompts)?)?;

@@ -2,7 +2,7 @@
 //!
 //! They use one rank: what holds between ranks needs a process for each and is checked with those.
 
-use crate::{Engine, EngineError, ProjectionScores, ShardEngine, ShardSetup};
+use crate::{Engine, EngineError, ProjectionScores, Prompt, ShardEngine, ShardSetup};
 use model_spec::{ModelSpec, Projection};
 use pruning::{KeepMask, LayerKeep};
 use recipe::{Batch, Recipe};
@@ -25,6 +25,8 @@ pub fn check(engine: &dyn Engine, model: &Path, dense: &ModelSpec, scratch: &Pat
     suite.equal_setups_give_equal_runs();
     suite.masks_come_in_order_and_only_shrink();
     suite.evaluation_does_not_depend_on_passes();
+    suite.what_is_distilled_was_taught_by_the_unpruned_model();
+    suite.continuations_are_judged_by_themselves();
     suite.checkpoints_are_what_their_digests_say(scratch);
 }
 
@@ -84,7 +86,7 @@ impl Suite<'_> {
         self.assert_lists(&scores, &KeepMask::full(self.dense));
         let smaller = self.smaller_mask();
         shard
-            .apply_mask(1, &smaller)
+            .apply_mask(1, &smaller, &[])
             .unwrap_or_else(|error| panic!("a smaller mask is not applied: {error}"));
         let (_, scores) = self.step(shard.as_mut(), 1);
         self.assert_lists(&scores, &smaller);
@@ -117,7 +119,7 @@ impl Suite<'_> {
         let run = || {
             let mut shard = self.shard();
             let first: Vec<_> = (0..2).map(|step| self.step(shard.as_mut(), step)).collect();
-            shard.apply_mask(1, &self.smaller_mask()).unwrap_or_else(|error| panic!("{error}"));
+            shard.apply_mask(1, &self.smaller_mask(), &[]).unwrap_or_else(|error| panic!("{error}"));
             (first, (2..4).map(|step| self.step(shard.as_mut(), step)).collect::<Vec<_>>())
         };
         assert!(run() == run(), "the same seed gives the same losses and scores, bit for bit");
@@ -129,16 +131,18 @@ impl Suite<'_> {
         let refused = |applied: Result<_, EngineError>, what: &str| {
             assert!(matches!(applied, Err(EngineError::Refused(_))), "{what} must be refused");
         };
-        refused(shard.apply_mask(2, &smaller), "a generation that skips one");
+        refused(shard.apply_mask(2, &smaller, &[]), "a generation that skips one");
         let memory_before = shard.memory_bytes();
         assert!(memory_before > 0, "memory is told");
-        let applied = shard.apply_mask(1, &smaller).unwrap_or_else(|error| panic!("{error}"));
+        let applied = shard.apply_mask(1, &smaller, &[]).unwrap_or_else(|error| panic!("{error}"));
         assert_eq!(applied.received_groups, 0, "one rank receives nothing");
-        shard.apply_mask(1, &smaller).unwrap_or_else(|error| panic!("a generation in force, again: {error}"));
-        refused(shard.apply_mask(2, &full), "a mask that brings something back");
+        shard
+            .apply_mask(1, &smaller, &[])
+            .unwrap_or_else(|error| panic!("a generation in force, again: {error}"));
+        refused(shard.apply_mask(2, &full, &[]), "a mask that brings something back");
         let (_, scores) = self.step(shard.as_mut(), 0);
         self.assert_lists(&scores, &smaller);
-        shard.apply_mask(2, &smaller).unwrap_or_else(|error| panic!("refusals change nothing: {error}"));
+        shard.apply_mask(2, &smaller, &[]).unwrap_or_else(|error| panic!("refusals change nothing: {error}"));
     }
 
     fn evaluation_does_not_depend_on_passes(&self) {
@@ -153,6 +157,67 @@ impl Suite<'_> {
         let (one, all) = (one.negative_log_likelihood, all.negative_log_likelihood);
         assert!((one - all).abs() <= 1e-4 * all.abs(), "rows in a pass do not see each other: {one} {all}");
         assert!(all > 0.0 && all.is_finite());
+    }
+
+    fn continuations_are_judged_by_themselves(&self) {
+        let mut shard = self.shard();
+        let mut judge = |prompts: &[Prompt<'_>]| {
+            shard
+                .continuation_log_likelihoods(prompts)
+                .unwrap_or_else(|error| panic!("continuations are not judged: {error}"))
+        };
+        let (row, other) = (self.tokens[0].as_slice(), self.tokens[1].as_slice());
+        let continuations = vec![&row[5..], &other[..1], &other[..7], &row[5..6]];
+        let together = judge(&[
+            Prompt { context: &row[..5], continuations: continuations.clone() },
+            Prompt { context: &other[..1], continuations: vec![&other[1..]] },
+        ]);
+        assert_eq!(
+            together.iter().map(Vec::len).collect::<Vec<_>>(),
+            [4, 1],
+            "one sum for each continuation"
+        );
+        for (continuation, together) in continuations.iter().zip(&together[0]) {
+            let alone = judge(&[Prompt { context: &row[..5], continuations: vec![continuation] }])[0][0];
+            let close = (alone - together).abs() <= 1e-4 * alone.abs();
+            assert!(close && alone < 0.0, "continuations do not see each other: {alone} {together}");
+        }
+        let nats = shard.evaluate(&[other], 1).unwrap_or_else(|error| panic!("evaluation fails: {error}"));
+        let (nats, judged) = (nats.negative_log_likelihood, together[1][0]);
+        assert!(
+            (nats + judged).abs() <= 1e-4 * nats,
+            "a row is its first token and what follows: {nats} {judged}"
+        );
+        let none: &[u32] = &[];
+        for (context, continuation) in [(none, row), (row, none)] {
+            let refused =
+                shard.continuation_log_likelihoods(&[Prompt { context, continuations: vec![continuation] }]);
+            assert!(matches!(refused, Err(EngineError::Refused(_))), "an empty part must be refused");
+        }
+    }
+
+    fn what_is_distilled_was_taught_by_the_unpruned_model(&self) {
+        let row = self.tokens[0].as_slice();
+        let refused = |done: Result<(), EngineError>, what: &str| {
+            assert!(matches!(done, Err(EngineError::Refused(_))), "{what} must be refused");
+        };
+        refused(self.shard().teach(&[row]), "teaching without distillation");
+        let mut setup = self.setup();
+        setup.recipe.distillation = Some(recipe::Distillation { weight: 0.5, top_k: 4 });
+        let load = self.engine.load(setup);
+        let mut shard = load.unwrap_or_else(|error| panic!("a recipe that distils does not load: {error}"));
+        refused(shard.train_step(0, &[vec![row]]).map(drop), "a window that was not taught");
+        shard.teach(&[row, row]).unwrap_or_else(|error| panic!("teaching fails: {error}"));
+        Self::step_on(shard.as_mut(), 0, row);
+        shard.apply_mask(1, &self.smaller_mask(), &[]).unwrap_or_else(|error| panic!("{error}"));
+        refused(shard.teach(&[self.tokens[1].as_slice()]), "teaching under a mask");
+        Self::step_on(shard.as_mut(), 1, row);
+    }
+
+    fn step_on(shard: &mut dyn ShardEngine, step: u64, row: &[u32]) {
+        let outcome = shard.train_step(step, &[vec![row]]);
+        let outcome = outcome.unwrap_or_else(|error| panic!("step {step} on a window taught fails: {error}"));
+        assert!(outcome.loss.is_finite());
     }
 
     fn checkpoints_are_what_their_digests_say(&self, scratch: &Path) {

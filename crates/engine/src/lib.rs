@@ -5,6 +5,6 @@ mod shard_engine;
 pub mod toy;
 
 pub use shard_engine::{
-    Engine, EngineError, ExportDtype, ExportJob, ExportWritten, MaskApplied, NllSum, ProjectionScores,
-    Rendezvous, ShardEngine, ShardSetup, StepOutcome,
+    CollectiveBackend, Engine, EngineError, ExportDtype, ExportJob, ExportWritten, MaskApplied, NllSum,
+    PhaseTimes, ProjectionScores, Prompt, Rendezvous, ShardEngine, ShardSetup, StepOutcome,
 };

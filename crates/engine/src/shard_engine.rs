@@ -20,6 +20,15 @@ pub struct ShardSetup {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rendezvous(pub Vec<u8>);
 
+/// The library that reduces between ranks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CollectiveBackend {
+    /// Over TCP, through the host's memory.
+    Gloo,
+    /// Between CUDA devices, one rank each.
+    Nccl,
+}
+
 /// What one optimizer step did on this rank. Loss and norm are equal on all ranks.
 #[derive(Debug, Clone)]
 pub struct StepOutcome {
@@ -32,6 +41,19 @@ pub struct StepOutcome {
     pub scores: Vec<ProjectionScores>,
     /// Part of the step spent on scores.
     pub score_time: Duration,
+    pub phase_times: PhaseTimes,
+}
+
+/// Where the rest of an optimizer step's time went, summed over its micro-batches. On a GPU: until the work was queued.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct PhaseTimes {
+    /// Embedding and layers.
+    pub forward: Duration,
+    /// Final norm, head and cross-entropy, with their gradient.
+    pub loss: Duration,
+    pub backward: Duration,
+    /// The sum over ranks, clipping and the update.
+    pub optimizer: Duration,
 }
 
 /// Raw group sums of one projection for the live groups that this rank holds, in ascending order of their indices in
@@ -61,6 +83,23 @@ impl NllSum {
     #[must_use]
     pub fn perplexity(&self) -> f64 {
         (self.negative_log_likelihood / self.predicted as f64).exp()
+    }
+}
+
+/// A context and what may follow it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Prompt<'a> {
+    pub context: &'a [u32],
+    pub continuations: Vec<&'a [u32]>,
+}
+
+impl Prompt<'_> {
+    /// Tokens that go through the model: the context once, and all of each continuation but its last token, which is
+    /// only predicted.
+    #[must_use]
+    pub fn pass_tokens(&self) -> usize {
+        self.continuations.iter().map(|tokens| tokens.len().saturating_sub(1)).sum::<usize>()
+            + self.context.len()
     }
 }
 
@@ -143,6 +182,14 @@ pub trait Engine: Send + Sync {
 
 /// One rank's shard. It lives on the thread that made it. All ranks of a group call the same methods in the same order.
 pub trait ShardEngine {
+    /// Says which library the group is to use, before its rendezvous is opened. An engine that has no choice ignores it.
+    ///
+    /// # Errors
+    /// When this rank's device cannot use it.
+    fn choose_backend(&mut self, _backend: CollectiveBackend) -> Result<(), EngineError> {
+        Ok(())
+    }
+
     /// Opens the group's meeting point on `host`; rank 0 only, before the others join.
     ///
     /// # Errors
@@ -155,23 +202,44 @@ pub trait ShardEngine {
     /// When the others do not come in time.
     fn join_group(&mut self, rendezvous: &Rendezvous, host: &str) -> Result<(), EngineError>;
 
+    /// Has the unpruned model, without adapters, read `rows` in one pass and keeps what it says of them, for a recipe that
+    /// distils. Rows that it has read before cost nothing.
+    ///
+    /// # Errors
+    /// When the recipe does not distil, a mask is in force, a logit is not finite, or a peer is lost.
+    fn teach(&mut self, rows: &[&[u32]]) -> Result<(), EngineError>;
+
     /// One optimizer step over the micro-batches, each a list of windows of equal length.
     ///
     /// # Errors
-    /// A loss or score that is not finite, or a lost peer; the optimizer step has then not been taken.
+    /// A loss or score that is not finite, a lost peer, or, where the recipe distils, a window that was not taught; the
+    /// optimizer step has then not been taken.
     fn train_step(&mut self, step: u64, micro_batches: &[Vec<&[u32]>]) -> Result<StepOutcome, EngineError>;
 
-    /// Puts decision `generation` into force: slices or masks, and moves groups between uneven ranks.
+    /// Puts decision `generation` into force: compensates on the windows of `calibration`, of equal length and the same on
+    /// all ranks, where the recipe says so; slices or masks, and moves groups between uneven ranks.
     ///
     /// # Errors
-    /// When the mask would bring something back.
-    fn apply_mask(&mut self, generation: u64, keep_mask: &KeepMask) -> Result<MaskApplied, EngineError>;
+    /// When the mask would bring something back, or there is nothing to calibrate on.
+    fn apply_mask(
+        &mut self,
+        generation: u64,
+        keep_mask: &KeepMask,
+        calibration: &[&[u32]],
+    ) -> Result<MaskApplied, EngineError>;
 
     /// Negative log likelihood of all tokens but the first of every row, `rows_per_pass` rows at a time.
     ///
     /// # Errors
     /// A lost peer.
     fn evaluate(&mut self, rows: &[&[u32]], rows_per_pass: usize) -> Result<NllSum, EngineError>;
+
+    /// Log likelihood of each continuation given its context, in nats, summed over its tokens: prompt by prompt, in one
+    /// pass. Continuations do not see each other, nor do prompts.
+    ///
+    /// # Errors
+    /// An empty context or continuation, a pair that is longer than the model's positions and one more, a lost peer.
+    fn continuation_log_likelihoods(&mut self, prompts: &[Prompt<'_>]) -> Result<Vec<Vec<f64>>, EngineError>;
 
     /// Writes this rank's LoRA factors, moments and its part of the logits on `prompts` to `file` and returns its
     /// SHA-256 in hex.

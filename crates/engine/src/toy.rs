@@ -4,14 +4,15 @@
 //! tensor-parallel degree gives the same masks. Ranks do not talk to each other.
 
 use crate::{
-    Engine, EngineError, ExportJob, ExportWritten, MaskApplied, NllSum, ProjectionScores, Rendezvous,
-    ShardEngine, ShardSetup, StepOutcome,
+    Engine, EngineError, ExportJob, ExportWritten, MaskApplied, NllSum, PhaseTimes, ProjectionScores, Prompt,
+    Rendezvous, ShardEngine, ShardSetup, StepOutcome,
 };
 use model_spec::{ModelSpec, Projection};
 use pruning::KeepMask;
-use recipe::{Criterion, Shrink};
+use recipe::Shrink;
 use sha2::{Digest, Sha256};
 use sharding::Placement;
+use std::collections::HashSet;
 use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
@@ -50,7 +51,7 @@ impl ToyEngine {
         Self { spec, step_time: Duration::ZERO, load_time: Duration::ZERO, fault: None }
     }
 
-    /// Every step takes so long.
+    /// Every step takes so long, and every pass over a task.
     #[must_use]
     pub fn with_step_time(mut self, step_time: Duration) -> Self {
         self.step_time = step_time;
@@ -93,6 +94,7 @@ impl Engine for ToyEngine {
             placement,
             keep_mask,
             generation: 0,
+            taught: HashSet::new(),
         }))
     }
 
@@ -153,6 +155,8 @@ struct ToyShard {
     keep_mask: KeepMask,
     generation: u64,
     joined: bool,
+    /// Windows that were taught.
+    taught: HashSet<Vec<u32>>,
 }
 
 impl ToyShard {
@@ -177,10 +181,12 @@ impl ToyShard {
     }
 
     fn scores(&self, step: u64) -> Vec<ProjectionScores> {
-        let wanted = self.setup.recipe.pruning.as_ref().is_some_and(|pruning| match pruning.criterion {
-            Criterion::LoraPrune { .. } | Criterion::Taylor | Criterion::Magnitude => true,
-            Criterion::Random => false,
-        });
+        let wanted = self
+            .setup
+            .recipe
+            .pruning
+            .as_ref()
+            .is_some_and(|pruning| pruning.criterion.is_scored_by_workers());
         if !wanted {
             return Vec::new();
         }
@@ -216,8 +222,26 @@ impl ShardEngine for ToyShard {
         Ok(())
     }
 
+    fn teach(&mut self, rows: &[&[u32]]) -> Result<(), EngineError> {
+        self.require_group()?;
+        if self.setup.recipe.distillation.is_none() {
+            return Err(EngineError::Refused("the recipe does not distil".into()));
+        }
+        if self.generation > 0 {
+            return Err(EngineError::Refused(format!("generation {} is in force", self.generation)));
+        }
+        std::thread::sleep(self.step_time);
+        self.taught.extend(rows.iter().map(|row| row.to_vec()));
+        Ok(())
+    }
+
     fn train_step(&mut self, step: u64, micro_batches: &[Vec<&[u32]>]) -> Result<StepOutcome, EngineError> {
         self.require_group()?;
+        if self.setup.recipe.distillation.is_some()
+            && micro_batches.iter().flatten().any(|row| !self.taught.contains(*row))
+        {
+            return Err(EngineError::Refused(format!("step {step} has a window that was not taught")));
+        }
         if let Some((at, fault)) = self.fault
             && at == step
         {
@@ -234,13 +258,19 @@ impl ShardEngine for ToyShard {
         Ok(StepOutcome {
             loss: 2.0 + 3.0 / (1.0 + step as f64) + self.keep_mask.sparsity(&self.spec),
             grad_norm: 0.5 + unit_interval(mix(recipe.seed ^ mix(step))),
-            learning_rate: recipe.learning_rate.at(step, recipe.steps),
+            learning_rate: recipe.learning_rate_at(step),
             scores,
             score_time: started.elapsed(),
+            phase_times: PhaseTimes::default(),
         })
     }
 
-    fn apply_mask(&mut self, generation: u64, keep_mask: &KeepMask) -> Result<MaskApplied, EngineError> {
+    fn apply_mask(
+        &mut self,
+        generation: u64,
+        keep_mask: &KeepMask,
+        calibration: &[&[u32]],
+    ) -> Result<MaskApplied, EngineError> {
         let Some(pruning) = &self.setup.recipe.pruning else {
             return Err(EngineError::Refused("the recipe does not prune".into()));
         };
@@ -256,6 +286,9 @@ impl ShardEngine for ToyShard {
         keep_mask
             .check_subset_of(&self.keep_mask)
             .map_err(|error| EngineError::Refused(error.to_string()))?;
+        if pruning.compensation.least_squares().is_some() && calibration.is_empty() {
+            return Err(EngineError::Refused("there are no windows to calibrate on".into()));
+        }
         let stays = self.placement.restricted_to(keep_mask);
         let next = match pruning.shrink {
             Shrink::Live => stays.rebalanced(&self.spec),
@@ -282,6 +315,21 @@ impl ShardEngine for ToyShard {
         let predicted: usize = rows.iter().map(|row| row.len().saturating_sub(1)).sum();
         let each = 2.0 + self.keep_mask.sparsity(&self.spec);
         Ok(NllSum { negative_log_likelihood: each * predicted as f64, predicted: predicted as u64 })
+    }
+
+    fn continuation_log_likelihoods(&mut self, prompts: &[Prompt<'_>]) -> Result<Vec<Vec<f64>>, EngineError> {
+        self.require_group()?;
+        std::thread::sleep(self.step_time);
+        let each = 2.0 + self.keep_mask.sparsity(&self.spec);
+        prompts
+            .iter()
+            .map(|prompt| {
+                if prompt.context.is_empty() || prompt.continuations.iter().any(|tokens| tokens.is_empty()) {
+                    return Err(EngineError::Refused("a context or continuation is empty".into()));
+                }
+                Ok(prompt.continuations.iter().map(|tokens| -each * tokens.len() as f64).collect())
+            })
+            .collect()
     }
 
     fn checkpoint(&mut self, file: &Path, prompts: &[Vec<u32>]) -> Result<String, EngineError> {

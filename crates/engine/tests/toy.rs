@@ -89,7 +89,7 @@ fn ranks_together_score_what_one_rank_scores_before_and_after_a_mask() {
                         shard.join_group(&rendezvous, "here").unwrap();
                     }
                     if step == 2 {
-                        shard.apply_mask(1, &mask).unwrap();
+                        shard.apply_mask(1, &mask, &[]).unwrap();
                     }
                     let outcome = shard.train_step(step, &[vec![&[1, 2, 3]]]).unwrap();
                     losses.push((step, outcome.loss.to_bits()));
@@ -120,7 +120,7 @@ fn groups_that_move_are_counted() {
     let mut received = 0;
     for rank in 0..2 {
         let mut shard = ToyEngine::new(dense.clone()).load(setup(rank, 2, Shrink::Live)).unwrap();
-        received += shard.apply_mask(1, &mask).unwrap().received_groups;
+        received += shard.apply_mask(1, &mask, &[]).unwrap().received_groups;
     }
     assert!(received >= 3 * 9, "{received} groups moved");
 }

@@ -14,8 +14,8 @@ pub enum Effect {
     OpenRendezvous,
     /// Let every rank join.
     JoinGroup { rendezvous: Vec<u8> },
-    /// Measure the held-out text on every rank.
-    Evaluate,
+    /// Measure the held-out text, or a task, on every rank.
+    Evaluate(Measurement),
     /// Run steps `first_step..end_step` on every rank under `generation`.
     Train { first_step: u64, end_step: u64, generation: Generation },
     /// Put a decision into force on every rank.
@@ -33,6 +33,15 @@ pub enum Effect {
     WakeAt(SystemTime),
     /// An event was out of place and changed nothing; worth a line in the log.
     Refuse(Refusal),
+}
+
+/// One of the things that are measured, by its place among those of its kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Measurement {
+    /// Perplexity of the held-out text at one of the window lengths.
+    Window { index: usize },
+    /// Answers to one file of questions.
+    Task { index: usize },
 }
 
 /// An event that changed nothing because it does not fit where the run stands.

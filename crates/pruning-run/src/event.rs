@@ -36,7 +36,16 @@ pub enum Event {
     /// A rank has put a decision into force.
     MaskApplied { tp_rank: usize, generation: Generation },
     /// A rank has measured the held-out text.
-    Evaluated { tp_rank: usize, negative_log_likelihood: f64, predicted_tokens: u64, duration: Duration },
+    Evaluated {
+        tp_rank: usize,
+        window_index: usize,
+        negative_log_likelihood: f64,
+        predicted_tokens: u64,
+        window_tokens: u32,
+        duration: Duration,
+    },
+    /// A rank has measured a task.
+    TaskEvaluated { tp_rank: usize, task_index: usize, score: TaskScore, duration: Duration },
     /// A rank has written its state.
     Checkpointed { tp_rank: usize, shard: ShardFile },
     /// All sessions have ended and their memory is free.
@@ -76,6 +85,25 @@ pub struct RankReport {
     pub score_duration: Duration,
     pub memory_bytes: u64,
     pub generation: Generation,
+}
+
+/// One rank's measurement of a task.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TaskScore {
+    /// Name of the task.
+    pub task: String,
+    /// Rows.
+    pub count: u64,
+    /// Rows whose likeliest choice is the right one.
+    pub correct: u64,
+    /// The same by log-likelihoods divided by the choices' characters; absent where contexts are compared.
+    pub correct_normalized: Option<u64>,
+    /// Sum over all choices of all rows, in nats.
+    pub log_likelihood: f64,
+    /// Tokens that went through the model.
+    pub tokens: u64,
+    /// Of each choice, row by row; empty unless asked for.
+    pub log_likelihoods: Vec<f64>,
 }
 
 /// One rank's checkpoint file.

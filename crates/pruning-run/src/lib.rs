@@ -15,16 +15,19 @@ mod effect;
 mod event;
 mod ids;
 mod log;
+mod measuring;
 mod run;
 mod setup;
 mod steps;
 mod training;
 mod transition;
 
-pub use effect::{Effect, Refusal};
-pub use event::{Event, Fault, RankReport, ShardFile};
+pub use effect::{Effect, Measurement, Refusal};
+pub use event::{Event, Fault, RankReport, ShardFile, TaskScore};
 pub use ids::{Generation, RunId, WorkerId};
-pub use log::{Decision, Evaluation, ExportResult, RunEvent, RunEventKind, RunState, StepReport};
+pub use log::{
+    Accuracy, Decision, Evaluation, ExportResult, RunEvent, RunEventKind, RunState, StepReport, TaskResult,
+};
 pub use run::Run;
 pub use setup::{RunOptions, RunSetup, SetupError};
 pub use transition::transition;

@@ -1,6 +1,6 @@
 //! What a run tells the world: numbered events, from which everything shown of a run can be rebuilt.
 
-use crate::Generation;
+use crate::{Generation, TaskScore};
 use model_spec::LayerSpec;
 use pruning::{KeepMask, LayerKeep};
 use serde::{Deserialize, Serialize};
@@ -23,6 +23,7 @@ pub enum RunEventKind {
     Step(StepReport),
     Decision(Arc<Decision>),
     Evaluation(Evaluation),
+    Task(TaskResult),
     Export(ExportResult),
 }
 
@@ -111,6 +112,37 @@ pub struct Evaluation {
     pub step: u64,
     /// Wall time of the slowest rank.
     pub duration: Duration,
+    pub window_tokens: u32,
+}
+
+/// A measured task.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TaskResult {
+    /// What was measured: `dense`, `pruned` or `tuned`.
+    pub label: String,
+    pub score: TaskScore,
+    /// Optimizer steps done when it was measured.
+    pub step: u64,
+    /// Wall time of the slowest rank.
+    pub duration: Duration,
+}
+
+/// A share of right answers.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Accuracy {
+    pub share: f64,
+    /// `sqrt(p (1 - p) / (n - 1))`; absent below two rows.
+    pub standard_error: Option<f64>,
+}
+
+impl Accuracy {
+    /// Of `correct` right answers to `count` questions.
+    #[must_use]
+    pub fn new(correct: u64, count: u64) -> Self {
+        let share = correct as f64 / count as f64;
+        let standard_error = (count > 1).then(|| (share * (1.0 - share) / (count - 1) as f64).sqrt());
+        Self { share, standard_error }
+    }
 }
 
 /// What an export wrote and what its check found.
@@ -129,4 +161,17 @@ pub struct ExportResult {
     pub top_token_agreement: f64,
     /// Mean KL divergence from the run's distribution to the reloaded folder's, in nats.
     pub mean_kl: f64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_accuracy_has_the_standard_error_of_a_mean() {
+        // One right of four: the mean of (1, 0, 0, 0) is 1/4, its sample deviation 1/2, over sqrt(4).
+        assert_eq!(Accuracy::new(1, 4), Accuracy { share: 0.25, standard_error: Some(0.25) });
+        assert_eq!(Accuracy::new(3, 3), Accuracy { share: 1.0, standard_error: Some(0.0) });
+        assert_eq!(Accuracy::new(1, 1), Accuracy { share: 1.0, standard_error: None });
+    }
 }

@@ -1,6 +1,7 @@
 use crate::training::Segment;
 use crate::{
-    Effect, ExportResult, Generation, RunEvent, RunEventKind, RunSetup, RunState, ShardFile, WorkerId,
+    Effect, ExportResult, Generation, Measurement, RunEvent, RunEventKind, RunSetup, RunState, ShardFile,
+    TaskScore, WorkerId,
 };
 use pruning::{KeepMask, MovingAverage};
 use sharding::Placement;
@@ -51,8 +52,10 @@ pub(crate) enum Phase {
     Joining {
         joined: Gather<()>,
     },
+    /// Measuring number `place` of what the setup wants measured.
     Evaluating {
         label: &'static str,
+        place: usize,
         answers: Gather<Answer>,
     },
     Training(Segment),
@@ -69,11 +72,18 @@ pub(crate) enum Phase {
 }
 
 /// One rank's measurement.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Answer {
-    pub(crate) negative_log_likelihood: f64,
-    pub(crate) predicted_tokens: u64,
+    /// What was asked for.
+    pub(crate) measurement: Measurement,
+    pub(crate) measured: Measured,
     pub(crate) duration: Duration,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Measured {
+    Window { negative_log_likelihood: f64, predicted_tokens: u64, window_tokens: u32 },
+    Task(TaskScore),
 }
 
 /// One answer of every rank.

@@ -1,6 +1,7 @@
+use crate::Measurement;
 use model_spec::ModelSpec;
 use pruning::Target;
-use recipe::{Criterion, FieldViolation, Recipe};
+use recipe::{FieldViolation, Recipe};
 use sharding::{Placement, PlacementError};
 use std::time::Duration;
 
@@ -18,8 +19,10 @@ pub struct RunSetup {
 /// What a run does beside training.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RunOptions {
-    /// Measure the held-out text before the first step and after the last.
-    pub evaluates: bool,
+    /// Window lengths at which the held-out text is measured, before the first step and after the last.
+    pub windows: usize,
+    /// Tasks measured after them.
+    pub tasks: usize,
     /// Write the result.
     pub exports: bool,
     /// How long a rank that has lost a peer waits for the culprit to be found, before it is named itself.
@@ -45,6 +48,7 @@ impl RunSetup {
         options: RunOptions,
     ) -> Result<Self, SetupError> {
         let mut violations = recipe.violations();
+        violations.extend(recipe.violations_on(dense.vocab_size));
         let target = match &recipe.pruning {
             Some(pruning) if violations.is_empty() && recipe.steps > 0 => {
                 Target::resolve(&dense, pruning).map_err(|more| violations.extend(more)).ok()
@@ -100,11 +104,19 @@ impl RunSetup {
 
     /// Whether the workers' scores of `step` enter a decision.
     pub(crate) fn wants_scores(&self, step: u64) -> bool {
-        let scored = self.recipe.pruning.as_ref().is_some_and(|pruning| match pruning.criterion {
-            Criterion::LoraPrune { .. } | Criterion::Taylor | Criterion::Magnitude => true,
-            Criterion::Random => false,
-        });
+        let scored =
+            self.recipe.pruning.as_ref().is_some_and(|pruning| pruning.criterion.is_scored_by_workers());
         scored && self.pruning_steps.last().is_some_and(|last| step <= *last)
+    }
+
+    /// All that is measured before the first step and again after the last.
+    pub(crate) fn measurements(&self) -> Vec<Measurement> {
+        let windows = (0..self.options.windows).map(|index| Measurement::Window { index });
+        windows.chain((0..self.options.tasks).map(|index| Measurement::Task { index })).collect()
+    }
+
+    pub(crate) fn measures(&self) -> bool {
+        self.options.windows + self.options.tasks > 0
     }
 
     /// The step after the last of the stretch that starts at `first_step`: it ends with a decision or with the run.

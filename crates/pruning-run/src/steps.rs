@@ -69,7 +69,10 @@ impl Transition<'_> {
                 random_importances(setup.dense(), &self.run.keep_mask, setup.recipe().seed, grouping)
             }
             (criterion, Some(scores)) => combine(setup.dense(), &scores?, criterion, grouping)?,
-            (Criterion::LoraPrune { .. } | Criterion::Taylor | Criterion::Magnitude, None) => return Ok(()),
+            (
+                Criterion::LoraPrune { .. } | Criterion::Taylor | Criterion::Magnitude | Criterion::Wanda,
+                None,
+            ) => return Ok(()),
         };
         Ok(average.update(&importances)?)
     }

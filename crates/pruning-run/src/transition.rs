@@ -1,11 +1,11 @@
 use crate::event::Fault;
-use crate::run::{Answer, Gather, Phase, Suspect};
+use crate::run::{Answer, Gather, Measured, Phase, Suspect};
 use crate::training::{Chunk, Segment, StreamFault};
 use crate::{
-    Effect, Evaluation, Event, ExportResult, Generation, RankReport, Refusal, Run, RunEventKind, RunState,
+    Effect, Event, ExportResult, Generation, Measurement, RankReport, Refusal, Run, RunEventKind, RunState,
     ShardFile, WorkerId,
 };
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 /// Two ranks' losses, or likelihoods, may differ by this much of their size: they are sums over the same reductions.
 const AGREEMENT: f64 = 1e-6;
@@ -45,8 +45,21 @@ impl Transition<'_> {
             Event::StepEnded { tp_rank, report } => self.step_ended(tp_rank, report),
             Event::TrainEnded { tp_rank } => self.train_ended(tp_rank),
             Event::MaskApplied { tp_rank, generation } => self.mask_applied(tp_rank, generation),
-            Event::Evaluated { tp_rank, negative_log_likelihood, predicted_tokens, duration } => {
-                self.evaluated(tp_rank, Answer { negative_log_likelihood, predicted_tokens, duration });
+            Event::Evaluated {
+                tp_rank,
+                window_index: index,
+                negative_log_likelihood,
+                predicted_tokens,
+                window_tokens,
+                duration,
+            } => {
+                let measurement = Measurement::Window { index };
+                let measured = Measured::Window { negative_log_likelihood, predicted_tokens, window_tokens };
+                self.evaluated(tp_rank, Answer { measurement, measured, duration });
+            }
+            Event::TaskEvaluated { tp_rank, task_index: index, score, duration } => {
+                let (measurement, measured) = (Measurement::Task { index }, Measured::Task(score));
+                self.evaluated(tp_rank, Answer { measurement, measured, duration });
             }
             Event::Checkpointed { tp_rank, shard } => self.checkpointed(tp_rank, shard),
             Event::SessionsAborted => self.sessions_aborted(),
@@ -152,68 +165,14 @@ impl Transition<'_> {
             (steps, false) => format!("tunes over {steps} steps"),
         };
         self.enter(RunState::Running, message);
-        if self.run.setup.options().evaluates {
+        if self.run.setup.measures() {
             self.evaluate("dense");
         } else {
             self.train();
         }
     }
 
-    // --- the middle: measure, train, decide ---
-
-    fn evaluate(&mut self, label: &'static str) {
-        self.run.phase = Phase::Evaluating { label, answers: Gather::new(self.run.tp_degree()) };
-        self.effects.push(Effect::Evaluate);
-    }
-
-    fn evaluated(&mut self, tp_rank: usize, answer: Answer) {
-        if !self.is_rank("a measurement", tp_rank) {
-            return;
-        }
-        let Phase::Evaluating { label, answers } = &mut self.run.phase else {
-            return self.refuse("a measurement", tp_rank);
-        };
-        let label = *label;
-        let Some(answers) = answers.put(tp_rank, answer) else { return };
-        if let Some(bad) = answers
-            .iter()
-            .position(|answer| !answer.negative_log_likelihood.is_finite() || answer.predicted_tokens == 0)
-        {
-            let (name, answer) = (self.run.name(bad), answers[bad]);
-            return self.fail(format!(
-                "the {label} model cannot be measured: {name} reports {} nats over {} tokens",
-                answer.negative_log_likelihood, answer.predicted_tokens
-            ));
-        }
-        let first = answers[0];
-        if let Some(other) = answers.iter().position(|answer| {
-            answer.predicted_tokens != first.predicted_tokens
-                || !agree(answer.negative_log_likelihood, first.negative_log_likelihood)
-        }) {
-            let (name, answer) = (self.run.name(other), answers[other]);
-            return self.fail(format!(
-                "ranks diverged while measuring the {label} model: {} nats over {} tokens on rank 0, {} over {} on {name}",
-                first.negative_log_likelihood,
-                first.predicted_tokens,
-                answer.negative_log_likelihood,
-                answer.predicted_tokens
-            ));
-        }
-        let evaluation = Evaluation {
-            label: label.to_owned(),
-            perplexity: (first.negative_log_likelihood / first.predicted_tokens as f64).exp(),
-            negative_log_likelihood: first.negative_log_likelihood,
-            predicted_tokens: first.predicted_tokens,
-            step: self.run.next_step,
-            duration: answers.iter().map(|answer| answer.duration).max().unwrap_or(Duration::ZERO),
-        };
-        self.record(RunEventKind::Evaluation(evaluation));
-        if self.run.next_step < self.run.setup.recipe().steps {
-            self.train();
-        } else {
-            self.wind_up();
-        }
-    }
+    // --- the middle: measure (see `measuring`), train, decide ---
 
     /// Runs the next stretch of steps, or goes on to the end when none is left.
     pub(crate) fn train(&mut self) {
@@ -224,7 +183,7 @@ impl Transition<'_> {
             let segment = Segment::new(first_step..end_step, generation, self.run.tp_degree());
             self.run.phase = Phase::Training(segment);
             self.effects.push(Effect::Train { first_step, end_step, generation });
-        } else if steps > 0 && self.run.setup.options().evaluates {
+        } else if steps > 0 && self.run.setup.measures() {
             self.evaluate(if self.run.setup.target().is_some() { "pruned" } else { "tuned" });
         } else {
             self.wind_up();
@@ -307,7 +266,7 @@ impl Transition<'_> {
     // --- the end ---
 
     /// All steps are done and measured.
-    fn wind_up(&mut self) {
+    pub(crate) fn wind_up(&mut self) {
         let exports = self.run.setup.options().exports;
         if self.run.setup.recipe().steps == 0 && !exports {
             let message = self.run.summary(None);
@@ -417,12 +376,12 @@ impl Transition<'_> {
         self.run.record(kind, self.now, self.effects);
     }
 
-    fn refuse(&mut self, event: &'static str, tp_rank: usize) {
+    pub(crate) fn refuse(&mut self, event: &'static str, tp_rank: usize) {
         self.effects.push(Effect::Refuse(Refusal::OutOfPlace { event, tp_rank }));
     }
 
     /// Whether a rank of that number exists; an event of any other is refused.
-    fn is_rank(&mut self, event: &'static str, tp_rank: usize) -> bool {
+    pub(crate) fn is_rank(&mut self, event: &'static str, tp_rank: usize) -> bool {
         let tp_degree = self.run.tp_degree();
         let known = tp_rank < tp_degree;
         if !known {

@@ -11,11 +11,13 @@ mod lora_guided;
 mod magnitude;
 mod random;
 mod taylor;
+mod wanda;
 
 pub use lora_guided::{LoraGradients, lora_guided_sums};
 pub use magnitude::magnitude_sums;
 pub use random::random_importance;
 pub use taylor::taylor_sums;
+pub use wanda::wanda_sums;
 
 use model_spec::{Block, Projection, Split};
 

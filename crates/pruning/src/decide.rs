@@ -46,7 +46,11 @@ pub fn decide(
             check_above(keep_now, last)?;
             let due = target.counts_at(share).unwrap_or_default();
             let layers = keep_now.layers.iter().zip(&average.layers).zip(&dense.layers).zip(due);
+            let mut scratch = Scratch::default();
             let layers = layers.map(|(((live, importance), dense), due)| {
+                let mut drop_lowest = |live: &[usize], importance: &[f64], kept_count| {
+                    drop_lowest(live, importance, kept_count, &mut scratch)
+                };
                 let channels = drop_lowest(&live.channels, &importance.mlp, due.intermediate_size);
                 match target.legal.grouping() {
                     HeadGrouping::KvGroups => {
@@ -97,14 +101,46 @@ pub(crate) fn sort_key(number: f64) -> u64 {
     bits ^ if bits >> 63 == 0 { 1 << 63 } else { u64::MAX }
 }
 
+/// Memory that one layer after the other uses.
+#[derive(Default)]
+struct Scratch {
+    keys: Vec<u64>,
+    groups: Vec<usize>,
+}
+
 /// The `kept_count` most important of `live`, ascending by index; all of them when they are no more.
-fn drop_lowest(live: &[usize], importance: &[f64], kept_count: usize) -> Vec<usize> {
+fn drop_lowest(live: &[usize], importance: &[f64], kept_count: usize, scratch: &mut Scratch) -> Vec<usize> {
     let Some(removed_count @ 1..) = live.len().checked_sub(kept_count) else {
         return live.to_vec();
     };
-    let mut candidates: Vec<Ranked> = live.iter().map(|&group| ranked(group, importance)).collect();
-    let (_, &mut last_removed, _) = candidates.select_nth_unstable(removed_count - 1);
-    live.iter().copied().filter(|&group| ranked(group, importance) > last_removed).collect()
+    let Scratch { keys, groups } = scratch;
+    keys.clear();
+    keys.extend(live.iter().map(|&group| sort_key(importance[group])));
+    let (lower, &mut last_key, _) = keys.select_nth_unstable(removed_count - 1);
+    // Of those equal to the last one that goes, the first go.
+    let mut equal_that_go = 1 + lower.iter().filter(|key| **key == last_key).count();
+    retained(live, groups, |_, group| {
+        let key = sort_key(importance[group]);
+        let goes_by_index = (key == last_key) & (equal_that_go > 0);
+        equal_that_go -= usize::from(goes_by_index);
+        (key >= last_key) & !goes_by_index
+    })
+}
+
+/// The groups of `live` that `stays(place, group)` picks, in order. Whether one stays is no better known beforehand than
+/// a coin's fall, so that this does without branches. `scratch` is for its use: memory anew for every layer costs more.
+pub(crate) fn retained(
+    live: &[usize],
+    scratch: &mut Vec<usize>,
+    mut stays: impl FnMut(usize, usize) -> bool,
+) -> Vec<usize> {
+    scratch.resize(live.len().max(scratch.len()), 0);
+    let mut count = 0;
+    for (place, &group) in live.iter().enumerate() {
+        scratch[count] = group;
+        count += usize::from(stays(place, group));
+    }
+    scratch[..count].to_vec()
 }
 
 fn check(
@@ -129,7 +165,8 @@ fn check(
             if target.dense_layers[layer] != *widths || values.len() != group_count(widths, block, grouping) {
                 return Err(DecideError::OtherModel { layer });
             }
-            if let Some(group) = values.iter().position(|value| !value.is_finite()) {
+            let are_finite = values.iter().fold(true, |are, value| are & value.is_finite());
+            if !are_finite && let Some(group) = values.iter().position(|value| !value.is_finite()) {
                 return Err(DecideError::NotFinite { layer, block: name, group, value: values[group] });
             }
         }
@@ -157,3 +194,7 @@ fn check_above(keep_now: &KeepMask, last: &[LayerSpec]) -> Result<(), DecideErro
 #[cfg(test)]
 #[path = "decide_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "plain_decision_tests.rs"]
+mod plain;

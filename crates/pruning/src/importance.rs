@@ -34,30 +34,67 @@ pub fn combine(
     criterion: Criterion,
     grouping: HeadGrouping,
 ) -> Result<Vec<GroupImportance>, ScoreError> {
-    let mut layers = GroupImportance::zeros(dense, grouping);
-    for (layer, (importance, widths)) in layers.iter_mut().zip(&dense.layers).enumerate() {
-        for projection in Projection::ALL {
-            if !counts(projection, grouping) {
-                continue;
+    let normalises = criterion.normalises_projections();
+    let layers = dense.layers.iter().enumerate().map(|(layer, widths)| {
+        let units = |projection| scores.of(layer, projection);
+        let by_kv_head = |projection| folded(units(projection), widths.query_heads_per_kv_head());
+        let attention = match grouping {
+            HeadGrouping::KvGroups => {
+                let (q, o) = (by_kv_head(Projection::Q), by_kv_head(Projection::O));
+                let parts = [&q[..], units(Projection::K), units(Projection::V), &o[..]];
+                added(parts, [Projection::Q, Projection::K, Projection::V, Projection::O], normalises)
             }
-            let mut values = folded(scores.of(layer, projection), projection, widths, grouping);
-            if criterion.normalises_projections() {
-                let norm = values.iter().map(|value| value * value).sum::<f64>().sqrt() + NORM_EPS;
-                if !norm.is_finite() {
-                    return Err(ScoreError::Overflow { layer, projection });
-                }
-                values.iter_mut().for_each(|value| *value /= norm);
+            HeadGrouping::QueryHeads => {
+                let projections = [Projection::Q, Projection::O];
+                added(projections.map(units), projections, normalises)
             }
-            let sums = importance.of_mut(projection.block());
-            for (sum, value) in sums.iter_mut().zip(values) {
-                *sum += value;
-            }
-            if sums.iter().any(|sum| !sum.is_finite()) {
-                return Err(ScoreError::Overflow { layer, projection });
+        };
+        let projections = [Projection::Gate, Projection::Up, Projection::Down];
+        let mlp = added(projections.map(units), projections, normalises);
+        let in_layer = |projection| ScoreError::Overflow { layer, projection };
+        let mut importance =
+            GroupImportance { attention: attention.map_err(in_layer)?, mlp: mlp.map_err(in_layer)? };
+        importance.attention.resize(group_count(widths, Block::Attention, grouping), 0.0);
+        importance.mlp.resize(group_count(widths, Block::Mlp, grouping), 0.0);
+        Ok(importance)
+    });
+    layers.collect()
+}
+
+/// The sum of the projections' vectors, each divided by its norm where `normalises`, or the first that overflows.
+///
+/// A sum takes its terms in order, for the same bits everywhere; the vectors' norms are summed side by side, because a
+/// processor that waits for one addition can do the others.
+fn added<const N: usize>(
+    parts: [&[f64]; N],
+    projections: [Projection; N],
+    normalises: bool,
+) -> Result<Vec<f64>, Projection> {
+    let len = parts.iter().map(|part| part.len()).min().unwrap_or(0);
+    let parts = parts.map(|part| &part[..len]);
+    let mut norms = [1.0; N];
+    if normalises {
+        let mut squares = [0.0; N];
+        for unit in 0..len {
+            for (sum, part) in squares.iter_mut().zip(parts) {
+                *sum += part[unit] * part[unit];
             }
         }
+        norms = squares.map(|sum: f64| sum.sqrt() + NORM_EPS);
     }
-    Ok(layers)
+    let mut sums = vec![0.0; len];
+    for part in 0..N {
+        let is_finite = norms[part].is_finite();
+        let mut are_finite = true;
+        for (sum, value) in sums.iter_mut().zip(parts[part]) {
+            *sum += value / norms[part];
+            are_finite &= sum.is_finite();
+        }
+        if !is_finite || !are_finite {
+            return Err(projections[part]);
+        }
+    }
+    Ok(sums)
 }
 
 /// The importance under [`Criterion::Random`], the same at every step: a fixed order, with 0 for what is gone.
@@ -118,29 +155,9 @@ pub(crate) fn group_count(widths: &LayerSpec, block: Block, grouping: HeadGroupi
     }
 }
 
-/// Whether a projection's weights go with a group of its block.
-fn counts(projection: Projection, grouping: HeadGrouping) -> bool {
-    match (projection, grouping) {
-        (Projection::K | Projection::V, HeadGrouping::QueryHeads) => false,
-        (Projection::K | Projection::V, HeadGrouping::KvGroups)
-        | (
-            Projection::Q | Projection::O | Projection::Gate | Projection::Up | Projection::Down,
-            HeadGrouping::KvGroups | HeadGrouping::QueryHeads,
-        ) => true,
-    }
-}
-
-/// Sums per group from sums per unit: query heads are gathered under their key/value head where that is the group.
-fn folded(units: &[f64], projection: Projection, widths: &LayerSpec, grouping: HeadGrouping) -> Vec<f64> {
-    let per_group = match (projection, grouping) {
-        (Projection::Q | Projection::O, HeadGrouping::KvGroups) => widths.query_heads_per_kv_head().max(1),
-        (Projection::Q | Projection::O, HeadGrouping::QueryHeads)
-        | (
-            Projection::K | Projection::V | Projection::Gate | Projection::Up | Projection::Down,
-            HeadGrouping::KvGroups | HeadGrouping::QueryHeads,
-        ) => 1,
-    };
-    units.chunks(per_group).map(|group| group.iter().sum()).collect()
+/// Sums of the query heads of each key/value head.
+fn folded(query_heads: &[f64], per_kv_head: usize) -> Vec<f64> {
+    query_heads.chunks(per_kv_head.max(1)).map(|group| group.iter().sum()).collect()
 }
 
 #[cfg(test)]
@@ -266,6 +283,42 @@ mod tests {
                         }
                     }
                 }
+            }
+        }
+
+        #[test]
+        fn sums_are_those_of_plain_loops_to_the_last_bit(seed: u64, code: bool, by_query_head: bool) {
+            let dense = model(2, 6, 3, 9);
+            let raw = random_scores(&dense, &KeepMask::full(&dense), seed);
+            let (criterion, grouping) = match (code, by_query_head) {
+                (true, false) => (CODE, HeadGrouping::KvGroups),
+                (true, true) => (CODE, HeadGrouping::QueryHeads),
+                (false, false) => (PAPER, HeadGrouping::KvGroups),
+                (false, true) => (PAPER, HeadGrouping::QueryHeads),
+            };
+            for (layer, combined) in combine(&dense, &raw, criterion, grouping).unwrap().iter().enumerate() {
+                let mut plain = GroupImportance::zeros(&dense, grouping).remove(layer);
+                for projection in Projection::ALL {
+                    let units = raw.of(layer, projection);
+                    let values: Vec<f64> = match projection {
+                        Projection::K | Projection::V if by_query_head => continue,
+                        Projection::Q | Projection::O if !by_query_head => {
+                            (0..3).map(|kv_head| units[2 * kv_head] + units[2 * kv_head + 1]).collect()
+                        }
+                        Projection::Q
+                        | Projection::K
+                        | Projection::V
+                        | Projection::O
+                        | Projection::Gate
+                        | Projection::Up
+                        | Projection::Down => units.to_vec(),
+                    };
+                    let norm = values.iter().map(|value| value * value).sum::<f64>().sqrt() + NORM_EPS;
+                    for (sum, value) in plain.of_mut(projection.block()).iter_mut().zip(&values) {
+                        *sum += if code { value / norm } else { *value };
+                    }
+                }
+                prop_assert_eq!(combined, &plain);
             }
         }
 

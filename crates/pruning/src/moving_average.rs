@@ -58,11 +58,11 @@ impl MovingAverage {
     pub fn forget_removed(&mut self, keep: &KeepMask, grouping: HeadGrouping) {
         for (average, keep) in self.layers.iter_mut().zip(&keep.layers) {
             for block in [Block::Attention, Block::Mlp] {
-                let mut kept = keep.groups(block, grouping).iter().peekable();
-                for (group, average) in average.of_mut(block).iter_mut().enumerate() {
-                    if kept.next_if(|kept| **kept == group).is_none() {
-                        *average = 0.0;
-                    }
+                let average = average.of_mut(block);
+                let mut first_gone = 0;
+                for kept in keep.groups(block, grouping).iter().copied().chain([average.len()]) {
+                    average.get_mut(first_gone..kept).unwrap_or_default().fill(0.0);
+                    first_gone = kept + 1;
                 }
             }
         }

@@ -20,7 +20,7 @@ pub struct Target {
 
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Goal {
-    Counts { removals: Vec<Removal>, last: Vec<LayerSpec> },
+    Counts { removals: Vec<Removal>, last: Vec<LayerSpec>, rounding: Rounding },
     Weights(WeightGoal),
 }
 
@@ -29,6 +29,24 @@ pub(crate) enum Goal {
 pub(crate) struct Removal {
     attention: f64,
     channels: f64,
+}
+
+/// How many whole groups are due of a share of them, before the last decision.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Rounding {
+    /// As published.
+    Down,
+    /// Of few groups none waits for the last decision: one that goes alone does so halfway.
+    Nearest,
+}
+
+impl Rounding {
+    fn groups(self, due: f64) -> usize {
+        match self {
+            Self::Down => (due + SLACK).floor() as usize,
+            Self::Nearest => (due + SLACK).round() as usize,
+        }
+    }
 }
 
 /// The goal of the global ranking.
@@ -100,13 +118,13 @@ impl Target {
     /// they need not be legal. None under `global`, whose counts follow from the scores.
     #[must_use]
     pub fn counts_at(&self, share: f64) -> Option<Vec<LayerSpec>> {
-        let Goal::Counts { removals, last } = &self.goal else {
+        let Goal::Counts { removals, last, rounding } = &self.goal else {
             return None;
         };
         if share >= 1.0 {
             return Some(last.clone());
         }
-        let due = |removal: f64| (removal * share.max(0.0) + SLACK).floor() as usize;
+        let due = |removal: f64| rounding.groups(removal * share.max(0.0));
         let layers = self.dense_layers.iter().zip(removals).zip(last);
         Some(
             layers
@@ -279,7 +297,11 @@ fn uniform(dense: &ModelSpec, legal: &LegalCounts, budget: &WeightBudget) -> Goa
         attention: (legal.attention_steps(&layer) - legal.attention_steps(&last)) as f64,
         channels: (layer.intermediate_size - last.intermediate_size) as f64,
     };
-    Goal::Counts { removals: vec![removal; layer_count], last: vec![last; layer_count] }
+    Goal::Counts {
+        removals: vec![removal; layer_count],
+        last: vec![last; layer_count],
+        rounding: Rounding::Nearest,
+    }
 }
 
 /// The published rule, layer by layer.
@@ -305,15 +327,19 @@ fn paper(dense: &ModelSpec, legal: &LegalCounts, prunable: &[bool], sparsity: f6
             (removal, legal.widths(layer, legal_heads.copied().unwrap_or(heads), legal_channels))
         })
         .unzip();
-    Goal::Counts { removals, last }
+    Goal::Counts { removals, last, rounding: Rounding::Down }
 }
 
 /// Normalised and random scores say nothing across blocks; all others are in one unit everywhere.
 fn density(criterion: Criterion) -> Density {
     match criterion {
         Criterion::Random => Density::ByBlockMean,
-        Criterion::LoraPrune { .. } | Criterion::Taylor | Criterion::Magnitude => {
-            if criterion.normalises_projections() { Density::ByBlockMean } else { Density::ByWeight }
+        Criterion::LoraPrune { .. } | Criterion::Taylor | Criterion::Magnitude | Criterion::Wanda => {
+            if criterion.normalises_projections() {
+                Density::ByBlockMean
+            } else {
+                Density::ByWeight
+            }
         }
     }
 }

@@ -124,16 +124,31 @@ fn a_ramp_over_a_published_model_takes_whole_groups_and_ends_exactly() {
     let pruning = uniform_at(0.5);
     let target = Target::resolve(&dense, &pruning).unwrap();
     for (share, heads, channels) in
-        [(0.0, 32, 11_008), (0.06, 32, 10_678), (0.25, 28, 9632), (0.999, 17, 5510), (1.0, 16, 5504)]
+        [(0.0, 32, 11_008), (0.06, 31, 10_678), (0.25, 28, 9632), (0.96, 17, 5724), (1.0, 16, 5504)]
     {
         assert_eq!(target.counts_at(share).unwrap()[0], widths(heads, heads, channels), "at {share}");
     }
     // Two epochs of 20 000 samples in batches of 128.
     let steps = pruning.ramp.pruning_steps(312);
     let due = |step: &u64| target.counts_at(pruning.ramp.share_at(*step, 312)).unwrap()[0].kv_head_count;
-    assert_eq!(steps.iter().map(due).collect::<Vec<_>>()[..6], [31, 29, 28, 26, 25, 24]);
-    assert_eq!(due(&281), 16);
-    assert_eq!(due(&280), 17);
+    assert_eq!(steps.iter().map(due).collect::<Vec<_>>()[..6], [30, 29, 27, 26, 24, 23]);
+    assert_eq!((due(&280), due(&281)), (16, 16));
+}
+
+#[test]
+fn the_only_head_to_go_does_so_halfway_but_as_published_by_the_floor() {
+    for shape in [Shape::Uniform, Shape::Paper] {
+        let pruning = Pruning { shape, protection: Protection::Layers(vec![]), ..uniform_at(0.5) };
+        let target = Target::resolve(&smollm2(), &pruning).unwrap();
+        let heads =
+            [0.0, 0.49, 0.5, 0.66, 0.999, 1.0].map(|share| target.counts_at(share).unwrap()[0].kv_head_count);
+        let expected = match shape {
+            Shape::Uniform => [3, 3, 2, 2, 2, 2],
+            // floor(1.5 share)
+            Shape::Paper | Shape::Global => [3, 3, 3, 3, 2, 2],
+        };
+        assert_eq!(heads, expected, "{shape:?}");
+    }
 }
 
 #[test]

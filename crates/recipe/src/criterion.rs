@@ -14,6 +14,9 @@ pub enum Criterion {
     Taylor,
     /// L1 norm of the adapted weights.
     Magnitude,
+    /// Squared weights of o and down times the squares of their inputs, summed over a group's columns (Wanda,
+    /// arXiv:2306.11695, in its structured form). Reads the inputs of the training passes: no gradient, and no more memory.
+    Wanda,
     /// A fixed random order, keyed by the recipe's seed: the floor that a criterion must beat.
     Random,
 }
@@ -44,7 +47,17 @@ impl Criterion {
             Self::LoraPrune { form: LoraPruneForm::Paper }
             | Self::Taylor
             | Self::Magnitude
+            | Self::Wanda
             | Self::Random => false,
+        }
+    }
+
+    /// Whether the workers compute scores for it at every step.
+    #[must_use]
+    pub fn is_scored_by_workers(self) -> bool {
+        match self {
+            Self::LoraPrune { .. } | Self::Taylor | Self::Magnitude | Self::Wanda => true,
+            Self::Random => false,
         }
     }
 }

@@ -3,18 +3,22 @@
 //! A new criterion, optimizer or schedule starts here: the compiler then lists every place that must honour it.
 
 mod adapter;
+mod compensation;
 mod criterion;
+mod distillation;
 mod optimizer;
 mod precision;
 mod pruning;
 mod schedule;
 
 pub use adapter::Lora;
+pub use compensation::{Compensation, CompensationTarget, LeastSquares};
 pub use criterion::{Criterion, LoraPruneForm};
+pub use distillation::Distillation;
 pub use optimizer::{AdamW, Optimizer};
 pub use precision::{Compute, Precision, Recompute, Storage};
 pub use pruning::{Budget, HeadGrouping, Protection, Pruning, Shape, Shrink};
-pub use schedule::{Decay, LearningRate, Ramp};
+pub use schedule::{Decay, LearningRate, Ramp, RampShape, Recovery};
 
 use serde::{Deserialize, Serialize};
 
@@ -33,6 +37,8 @@ pub struct Recipe {
     pub max_grad_norm: Option<f64>,
     /// Absent: LoRA fine-tuning alone.
     pub pruning: Option<Pruning>,
+    /// Absent: the next token of the text is all that is trained towards.
+    pub distillation: Option<Distillation>,
     pub precision: Precision,
     pub recompute: Recompute,
 }
@@ -79,6 +85,7 @@ impl Default for Recipe {
             learning_rate: LearningRate::default(),
             max_grad_norm: Some(1.0),
             pruning: Some(Pruning::default()),
+            distillation: None,
             precision: Precision::default(),
             recompute: Recompute::None,
         }
@@ -108,7 +115,7 @@ impl Recipe {
         found.require(self.batch.micro_batches >= 1, "batch.micro_batches", || "must be at least 1".into());
         self.lora.check(&mut found);
         self.optimizer.check(&mut found);
-        self.learning_rate.check(self.steps, &mut found);
+        self.learning_rate.check(self.steps, self.last_removal(), &mut found);
         if let Some(norm) = self.max_grad_norm {
             found.require(norm.is_finite() && norm > 0.0, "max_grad_norm", || {
                 format!("must be a positive number, or absent for no clipping; got {norm}")
@@ -117,8 +124,35 @@ impl Recipe {
         self.precision.check(&mut found);
         if let Some(pruning) = &self.pruning {
             pruning.check(self.steps, &mut found);
+            pruning.compensation.check(self.precision.storage, &mut found);
+        }
+        if let Some(distillation) = &self.distillation {
+            distillation.check(&mut found);
         }
         found.0
+    }
+
+    /// What needs the model to be seen: its vocabulary bounds what can be distilled.
+    #[must_use]
+    pub fn violations_on(&self, vocab_size: usize) -> Vec<FieldViolation> {
+        let mut found = Violations::default();
+        if let Some(Distillation { top_k, .. }) = self.distillation {
+            found.require(top_k <= vocab_size, "distillation.top_k", || {
+                format!("must not exceed the model's vocabulary of {vocab_size} tokens; got {top_k}")
+            });
+        }
+        found.0
+    }
+
+    /// Learning rate of `step`.
+    #[must_use]
+    pub fn learning_rate_at(&self, step: u64) -> f64 {
+        self.learning_rate.at(step, self.steps, self.last_removal())
+    }
+
+    /// The last step after which a mask is decided; none without pruning.
+    fn last_removal(&self) -> Option<u64> {
+        self.pruning.as_ref().map(|pruning| pruning.ramp.end_step(self.steps))
     }
 
     /// Steps after which a mask is decided, in order; empty without pruning.

@@ -27,6 +27,10 @@ pub enum Storage {
     F32,
     F64,
     Bf16,
+    /// One byte a weight, one scale for each output row.
+    Int8,
+    /// Half a byte a weight, one scale for 64 (arXiv:2305.14314).
+    Nf4,
 }
 
 /// What is kept of the forward pass for the backward pass.
@@ -52,7 +56,8 @@ impl Precision {
             (Storage::F64, Compute::F32 | Compute::Bf16) | (Storage::F32, Compute::Bf16) => true,
             (Storage::F32 | Storage::Bf16, Compute::F32 | Compute::F64)
             | (Storage::F64, Compute::F64)
-            | (Storage::Bf16, Compute::Bf16) => false,
+            | (Storage::Bf16, Compute::Bf16)
+            | (Storage::Int8 | Storage::Nf4, Compute::F32 | Compute::F64 | Compute::Bf16) => false,
         };
         found.require(!narrower_compute, "precision.storage", || {
             "must not be wider than `precision.compute`: the extra bits would never be used".into()

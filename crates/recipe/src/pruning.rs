@@ -1,4 +1,4 @@
-use crate::{Criterion, Ramp, Violations, in_unit_interval};
+use crate::{Compensation, Criterion, Ramp, Violations, in_unit_interval};
 use serde::{Deserialize, Serialize};
 
 /// What is removed, how much of it, and by which rule.
@@ -18,6 +18,7 @@ pub struct Pruning {
     /// Tensor-parallel degrees at which the result must be servable: kept heads and channels divide by each.
     pub serve_tp: Vec<usize>,
     pub shrink: Shrink,
+    pub compensation: Compensation,
 }
 
 /// How small the result shall be.
@@ -85,6 +86,7 @@ impl Default for Pruning {
             channel_multiple: 1,
             serve_tp: Vec::new(),
             shrink: Shrink::Live,
+            compensation: Compensation::None,
         }
     }
 }

@@ -80,30 +80,20 @@ impl Placement {
     /// What stays where it is under `mask`: nothing moves.
     #[must_use]
     pub fn restricted_to(&self, mask: &KeepMask) -> Self {
-        // Both ascend, so one walk over `kept` meets all of `held`.
-        let kept = |held: &[usize], kept: &[usize]| -> Vec<usize> {
-            let mut kept = kept.iter().peekable();
-            let mut is_kept = |index: &usize| {
-                while kept.next_if(|kept| **kept < *index).is_some() {}
-                kept.next_if_eq(&index).is_some()
-            };
-            held.iter().copied().filter(|index| is_kept(index)).collect()
-        };
-        let ranks = self
-            .ranks
-            .iter()
-            .map(|layers| {
-                layers
-                    .iter()
-                    .zip(&mask.layers)
-                    .map(|(held, keep)| RankLayer {
-                        query_heads: kept(&held.query_heads, &keep.query_heads),
-                        kv_heads: kept(&held.kv_heads, &keep.kv_heads),
-                        channels: kept(&held.channels, &keep.channels),
-                    })
-                    .collect()
-            })
-            .collect();
+        let mut scratch = Vec::new();
+        let mut ranks = vec![Vec::with_capacity(mask.layers.len()); self.ranks.len()];
+        for (layer, keep) in mask.layers.iter().enumerate() {
+            let [query_heads, kv_heads, channels] =
+                [&keep.query_heads, &keep.kv_heads, &keep.channels].map(|kept| are_in(kept));
+            for (restricted, held) in ranks.iter_mut().zip(&self.ranks) {
+                let Some(held) = held.get(layer) else { continue };
+                restricted.push(RankLayer {
+                    query_heads: those_in(&held.query_heads, &query_heads, &mut scratch),
+                    kv_heads: those_in(&held.kv_heads, &kv_heads, &mut scratch),
+                    channels: those_in(&held.channels, &channels, &mut scratch),
+                });
+            }
+        }
         Self { ranks }
     }
 
@@ -138,6 +128,24 @@ impl Placement {
         }
         balanced
     }
+}
+
+/// Whether each index, up to the greatest of `kept`, is one of them.
+fn are_in(kept: &[usize]) -> Vec<bool> {
+    let mut are_in = vec![false; kept.iter().max().map_or(0, |last| last + 1)];
+    kept.iter().for_each(|&index| are_in[index] = true);
+    are_in
+}
+
+/// Those of `held` that are in, in order. Without branches, which would be mispredicted half the time.
+fn those_in(held: &[usize], are_in: &[bool], scratch: &mut Vec<usize>) -> Vec<usize> {
+    scratch.resize(held.len().max(scratch.len()), 0);
+    let mut count = 0;
+    for &index in held {
+        scratch[count] = index;
+        count += usize::from(are_in.get(index).copied().unwrap_or(false));
+    }
+    scratch[..count].to_vec()
 }
 
 /// Evens out how many items the parts hold, moving as few as possible.

@@ -109,6 +109,10 @@ pub enum DataError {
         "the data give {token_count} tokens, fewer than one window of {window_tokens}: add text or choose a shorter window"
     )]
     TooFewTokens { token_count: usize, window_tokens: usize },
+    #[error("`{path}` holds no row: a task has one JSON object a line")]
+    NoTaskRows { path: PathBuf },
+    #[error("`{path}` line {line} is no row of a task: {reason}")]
+    UnusableTaskRow { path: PathBuf, line: u64, reason: String },
     #[error("the data leave no token to predict: every row is shorter than 2 tokens")]
     NothingToPredict,
 }

@@ -8,6 +8,7 @@
 //! - [`Corpus`]: files, tokenizer and how documents are joined ([`Joining`]).
 //! - [`TrainingSet`]: non-overlapping windows, dealt out by [`BatchOrder`].
 //! - [`EvaluationSet`]: the rows over which perplexity is measured.
+//! - [`TaskSet`]: multiple-choice questions, and which choice wins.
 
 mod collect;
 mod digest;
@@ -17,6 +18,7 @@ mod guard;
 mod joining;
 mod order;
 mod source;
+mod tasks;
 mod tokenize;
 mod training;
 mod windows;
@@ -27,6 +29,7 @@ pub use evaluation::EvaluationSet;
 pub use joining::{Joining, RowJoining, STORY_SEPARATOR};
 pub use order::{BatchOrder, window_index};
 pub use source::{TextFormat, TextSource};
+pub use tasks::{Choice, Question, TaskCounts, TaskLimits, TaskOutcome, TaskSet, task_name};
 pub use tokenize::TextTokenizer;
 pub use training::TrainingSet;
 pub use windows::Windows;

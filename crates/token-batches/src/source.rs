@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{DataError, Place};
 use crate::joining::RowJoining;
 
-mod json_lines;
+pub(crate) mod json_lines;
 mod parquet_table;
 mod plain_text;
 mod raw_tokens;

@@ -12,6 +12,7 @@ pub struct RunSpec {
     pub recipe: Recipe,
     pub tp_degree: usize,
     pub evaluation: Option<EvaluationSpec>,
+    pub tasks: Option<TaskSpec>,
     pub export: Option<ExportSpec>,
     pub display_name: String,
 }
@@ -42,12 +43,26 @@ pub enum TextFormat {
 pub struct EvaluationSpec {
     /// The held-out text; at least one file.
     pub sources: Vec<TextSource>,
-    pub window_tokens: usize,
+    /// Window lengths, each measured by itself; at least one.
+    pub windows: Vec<usize>,
     /// Only the first so many tokens; absent: all.
     pub max_tokens: Option<u64>,
     pub mode: EvaluationMode,
     /// Windows in one forward pass.
     pub rows: usize,
+}
+
+/// Multiple-choice questions.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TaskSpec {
+    /// One file a task; at least one.
+    pub files: Vec<String>,
+    /// Only the first so many rows of each file; absent: all.
+    pub max_rows: Option<u64>,
+    /// Tokens in one forward pass.
+    pub pass_tokens: usize,
+    /// Whether each choice's log-likelihood is returned.
+    pub log_likelihoods: bool,
 }
 
 /// How a held-out text is cut.

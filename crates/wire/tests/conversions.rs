@@ -3,7 +3,11 @@
 use model_spec::{Family, LayerSpec, ModelSpec, Projection, Rope, RopeScaling};
 use proptest::prelude::*;
 use pruning::KeepMask;
-use recipe::{Criterion, HeadGrouping, LoraPruneForm, Protection, Pruning, Recipe, Shape, Shrink};
+use recipe::{
+    Compensation, CompensationTarget, Compute, Criterion, Distillation, HeadGrouping, LearningRate,
+    LeastSquares, LoraPruneForm, Precision, Protection, Pruning, Ramp, RampShape, Recipe, Recovery, Shape,
+    Shrink, Storage,
+};
 use wire::convert::{mask, recipe as recipe_message, run, scores, time};
 use wire::{FieldViolation, limits, pb};
 
@@ -45,6 +49,7 @@ fn every_member_of_every_choice_survives_the_round_trip() {
         Criterion::Taylor,
         Criterion::Magnitude,
         Criterion::Random,
+        Criterion::Wanda,
     ];
     for criterion in criteria {
         for shape in [Shape::Uniform, Shape::Paper, Shape::Global] {
@@ -73,6 +78,52 @@ fn every_member_of_every_choice_survives_the_round_trip() {
 }
 
 #[test]
+fn every_pair_of_number_formats_survives_the_round_trip() {
+    for compute in [Compute::F32, Compute::F64, Compute::Bf16] {
+        for storage in [Storage::F32, Storage::F64, Storage::Bf16, Storage::Int8, Storage::Nf4] {
+            let recipe = Recipe { precision: Precision { compute, storage }, ..Recipe::default() };
+            let checked = recipe_message::checked(Some(recipe_message::to_pb(&recipe)), "");
+            if recipe.violations().is_empty() {
+                assert_eq!(checked, Ok(recipe));
+            } else {
+                assert_eq!(
+                    fields(&checked.unwrap_err().violations),
+                    ["precision.storage"],
+                    "{compute:?} {storage:?}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn choices_of_schedule_and_loss_survive_the_round_trip() {
+    for recovery in [Recovery::Continue, Recovery::Hold, Recovery::Restart] {
+        for shape in [RampShape::Cubic, RampShape::OneShot] {
+            for distillation in [None, Some(Distillation { weight: 0.25, top_k: 7 })] {
+                let ramp = Ramp { shape, ..Ramp::default() };
+                let recipe = Recipe {
+                    learning_rate: LearningRate { recovery, ..LearningRate::default() },
+                    pruning: Some(Pruning { ramp, ..Pruning::default() }),
+                    distillation,
+                    ..Recipe::default()
+                };
+                assert_eq!(recipe_message::checked(Some(recipe_message::to_pb(&recipe)), ""), Ok(recipe));
+            }
+        }
+    }
+    for target in [CompensationTarget::Layer, CompensationTarget::Stream] {
+        let choice = LeastSquares { windows: 7, damping: 0.25, target };
+        let pruning = Pruning { compensation: Compensation::LeastSquares(choice), ..Pruning::default() };
+        let recipe = Recipe { pruning: Some(pruning), ..Recipe::default() };
+        assert_eq!(recipe_message::checked(Some(recipe_message::to_pb(&recipe)), ""), Ok(recipe));
+    }
+    let message = pb::Recipe { distillation: Some(pb::Distillation::default()), ..Default::default() };
+    let recipe = recipe_message::checked(Some(message), "").unwrap();
+    assert_eq!(recipe.distillation, Some(Distillation::default()));
+}
+
+#[test]
 fn what_is_returned_for_a_spec_says_every_default() {
     let spec = run::checked(Some(smallest_spec())).unwrap();
     let message = run::to_pb(&spec);
@@ -95,9 +146,15 @@ fn an_unknown_or_unspecified_enum_is_refused_by_its_path() {
                     criterion: Some(number),
                     head_grouping: Some(number),
                     shrink: Some(number),
+                    least_squares: Some(pb::LeastSquares { target: Some(number), ..Default::default() }),
+                    ramp: Some(pb::Ramp { shape: Some(number), ..Default::default() }),
                     ..Default::default()
                 }),
-                learning_rate: Some(pb::LearningRate { decay: Some(number), ..Default::default() }),
+                learning_rate: Some(pb::LearningRate {
+                    decay: Some(number),
+                    recovery: Some(number),
+                    ..Default::default()
+                }),
                 precision: Some(pb::Precision { compute: Some(number), storage: Some(number) }),
                 recompute: Some(number),
                 ..Default::default()
@@ -118,10 +175,13 @@ fn an_unknown_or_unspecified_enum_is_refused_by_its_path() {
                 "evaluation.mode",
                 "export.dtype",
                 "recipe.learning_rate.decay",
+                "recipe.learning_rate.recovery",
                 "recipe.precision.compute",
                 "recipe.precision.storage",
                 "recipe.pruning.criterion",
                 "recipe.pruning.head_grouping",
+                "recipe.pruning.least_squares.target",
+                "recipe.pruning.ramp.shape",
                 "recipe.pruning.shape",
                 "recipe.pruning.shrink",
                 "recipe.recompute",
@@ -140,6 +200,7 @@ fn numbers_out_of_range_are_refused_all_at_once() {
             kind: Some(pb::optimizer::Kind::Adamw(pb::AdamW { beta1: Some(1.5), ..Default::default() })),
         }),
         max_grad_norm: Some(-1.0),
+        distillation: Some(pb::Distillation { weight: Some(1.5), top_k: Some(0) }),
         pruning: Some(pb::Pruning {
             budget: Some(pb::pruning::Budget::Sparsity(1.0)),
             channel_multiple: Some(0),
@@ -160,6 +221,8 @@ fn numbers_out_of_range_are_refused_all_at_once() {
         "recipe.max_grad_norm",
         "recipe.pruning.sparsity",
         "recipe.pruning.channel_multiple",
+        "recipe.distillation.weight",
+        "recipe.distillation.top_k",
     ] {
         assert_eq!(
             fields(&invalid.violations).iter().filter(|field| **field == expected).count(),
@@ -180,7 +243,12 @@ fn a_spec_without_model_data_or_workers_is_refused() {
             source("a\0b"),
             pb::TextSource { path: "/a".into(), format: 42, field: String::new() },
         ],
-        evaluation: Some(pb::EvaluationSpec { window_tokens: Some(1), ..Default::default() }),
+        evaluation: Some(pb::EvaluationSpec {
+            window_tokens: Some(1),
+            more_window_tokens: vec![128, 0],
+            ..Default::default()
+        }),
+        tasks: Some(pb::TaskSpec { pass_tokens: Some(0), ..Default::default() }),
         ..smallest_spec()
     };
     let invalid = run::checked(Some(message)).unwrap_err();
@@ -193,6 +261,9 @@ fn a_spec_without_model_data_or_workers_is_refused() {
             "tp_degree",
             "evaluation.sources",
             "evaluation.window_tokens",
+            "evaluation.more_window_tokens[1]",
+            "tasks.files",
+            "tasks.pass_tokens",
         ]
     );
 }
@@ -285,13 +356,14 @@ proptest! {
 
     #[test]
     fn no_recipe_message_however_odd_panics(steps: Option<u64>, rows: Option<u32>, micro_batches: Option<u32>,
-        warmup: Option<f64>, cooldown: Option<f64>, every: Option<u64>, shape: Option<i32>, warmup_steps: u64) {
+        warmup: Option<f64>, cooldown: Option<f64>, every: Option<u64>, shape: Option<i32>, warmup_steps: u64,
+        ramp_shape in proptest::option::of(0..4), recovery in proptest::option::of(0..5)) {
         let message = pb::Recipe {
             steps,
             batch: Some(pb::Batch { window_tokens: rows, rows, micro_batches }),
-            learning_rate: Some(pb::LearningRate { warmup_steps, ..Default::default() }),
+            learning_rate: Some(pb::LearningRate { warmup_steps, recovery, ..Default::default() }),
             pruning: Some(pb::Pruning {
-                ramp: Some(pb::Ramp { warmup, cooldown, every }),
+                ramp: Some(pb::Ramp { warmup, cooldown, every, shape: ramp_shape }),
                 shape,
                 ..Default::default()
             }),

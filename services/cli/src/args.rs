@@ -4,7 +4,7 @@ mod local;
 mod recipe_flags;
 mod remote;
 
-pub(crate) use local::{EvalArgs, ImportArgs, ImportDtype, LogitsArgs, PruneArgs, ReportArgs};
+pub(crate) use local::{EvalArgs, ImportArgs, ImportDtype, LogitsArgs, MeasureArgs, PruneArgs, ReportArgs};
 pub(crate) use recipe_flags::RecipeFlags;
 pub(crate) use remote::{
     CreateArgs, EvaluateArgs, ExportArgs, ListArgs, MaskArgs, RemoteArgs, RunIdArgs, WatchArgs, WorkersArgs,
@@ -34,10 +34,11 @@ pub(crate) enum Command {
     /// workers; a second one kills them. The workers run the program `worker` beside this one, or $ESPALIER_WORKER_BIN;
     /// $RUST_LOG says what goes to OUT/logs, $OTEL_EXPORTER_OTLP_ENDPOINT where traces go.
     Prune(Box<PruneArgs>),
-    /// Measure a model's perplexity on a text, on this machine
+    /// Measure a model's perplexity on a text and its answers to multiple-choice tasks, on this machine
     ///
-    /// By the published protocol: one stream of tokens, windows that do not overlap, each window alone,
-    /// exp(negative log likelihood / predicted tokens).
+    /// Perplexity by the published protocol: one stream of tokens, windows that do not overlap, each window alone,
+    /// exp(negative log likelihood / predicted tokens). Tasks by the rules of lm-evaluation-harness, zero-shot: the choice
+    /// with the highest log-likelihood, plain and divided by its characters.
     Eval(EvalArgs),
     /// Turn a GGUF file into a model folder in Hugging Face layout
     ///
@@ -62,7 +63,7 @@ pub(crate) enum Command {
     Watch(WatchArgs),
     /// End a run; its workers stop before their next step
     Cancel(RunIdArgs),
-    /// Measure the exported model of a run on another text
+    /// Measure the exported model of a run on another text, or on tasks
     Evaluate(EvaluateArgs),
     /// Write the pruned model of a run to another folder or in another format
     Export(ExportArgs),

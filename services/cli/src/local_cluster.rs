@@ -33,6 +33,8 @@ pub(crate) struct ClusterOptions {
     pub worker_count: u32,
     /// Compute threads of each worker; nothing: cores / workers.
     pub threads: Option<u32>,
+    /// `cpu`, `cuda` or `cuda:N`.
+    pub device: String,
     /// Folders that the run may read from and write to.
     pub roots: BTreeSet<PathBuf>,
     /// Where the workers' logs go.
@@ -92,7 +94,7 @@ impl LocalCluster {
         for index in 0..options.worker_count {
             let id = format!("worker-{index}");
             let log = options.logs.join(format!("{id}.log"));
-            let command = worker_command(&binary, &id, &self.url, options);
+            let command = worker_command(&binary, index, &self.url, options);
             self.workers.push(Worker::start(id, command, log)?);
         }
         let mut registry = registry_client(lazy_channel(&self.url)?);
@@ -194,7 +196,7 @@ fn config(options: &ClusterOptions) -> CoordinatorConfig {
     }
 }
 
-fn worker_command(binary: &Path, id: &str, coordinator_url: &str, options: &ClusterOptions) -> Command {
+fn worker_command(binary: &Path, index: u32, coordinator_url: &str, options: &ClusterOptions) -> Command {
     let threads = options.threads.unwrap_or_else(|| default_threads(options.worker_count));
     let mut command = Command::new(binary);
     command.args([
@@ -203,10 +205,9 @@ fn worker_command(binary: &Path, id: &str, coordinator_url: &str, options: &Clus
         "--coordinator",
         coordinator_url,
         "--id",
-        id,
-        "--device",
-        "cpu",
+        &format!("worker-{index}"),
     ]);
+    command.args(device_arguments(&options.device, index, options.worker_count));
     command.args(["--threads", &threads.to_string(), "--log-format", "text"]);
     command.arg(format!("--exit-with-parent={}", std::process::id()));
     // What a worker of a cluster may be told by its environment does not hold for ours.
@@ -220,8 +221,39 @@ fn worker_command(binary: &Path, id: &str, coordinator_url: &str, options: &Clus
     command
 }
 
+/// Workers that share a GPU cannot use NCCL, which takes one rank a device.
+fn device_arguments(device: &str, index: u32, worker_count: u32) -> Vec<String> {
+    let mut arguments = vec!["--device".to_owned()];
+    match device {
+        "cuda" => arguments.push(format!("cuda:{index}")),
+        device => arguments.push(device.to_owned()),
+    }
+    if device.starts_with("cuda:") && worker_count > 1 {
+        arguments.extend(["--collectives".to_owned(), "gloo".to_owned()]);
+    }
+    arguments
+}
+
 /// The machine's cores dealt out evenly, at least one to each worker.
 fn default_threads(worker_count: u32) -> u32 {
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     (u32::try_from(cores).unwrap_or(u32::MAX) / worker_count.max(1)).max(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn workers_get_a_gpu_each_or_share_one_without_nccl() {
+        for (device, index, workers, expected) in [
+            ("cpu", 1, 2, "--device cpu"),
+            ("cuda", 0, 1, "--device cuda:0"),
+            ("cuda", 1, 2, "--device cuda:1"),
+            ("cuda:3", 0, 1, "--device cuda:3"),
+            ("cuda:3", 1, 2, "--device cuda:3 --collectives gloo"),
+        ] {
+            assert_eq!(device_arguments(device, index, workers).join(" "), expected);
+        }
+    }
 }

@@ -42,6 +42,20 @@ pub(crate) fn texts(files: &mut [TextFile]) -> Result<(), Failure> {
     Ok(())
 }
 
+/// The same task files without links in their paths.
+///
+/// # Errors
+/// When one is not a file or is empty.
+pub(crate) fn tasks(files: &mut [PathBuf]) -> Result<(), Failure> {
+    for file in files {
+        let mut one = [TextFile { path: file.clone(), field: None, format: None }];
+        texts(&mut one)?;
+        let [TextFile { path, .. }] = one;
+        *file = path;
+    }
+    Ok(())
+}
+
 fn real_path(path: &Path, what: &str) -> anyhow::Result<PathBuf> {
     path.canonicalize().with_context(|| format!("{what} `{}` cannot be opened", path.display()))
 }
@@ -74,9 +88,9 @@ pub(crate) fn new_folder(folder: &Path) -> Result<PathBuf, Failure> {
     real_path(folder, "the output folder").or_bad_input()
 }
 
-/// The folders that must be open to the services: those of the model, of files that it links to, and of the texts.
+/// The folders that must be open to the services: those of the model, of files that it links to, and of texts and tasks.
 #[must_use]
-pub(crate) fn roots<'a>(model: &Path, texts: impl Iterator<Item = &'a TextFile>) -> BTreeSet<PathBuf> {
+pub(crate) fn roots<'a>(model: &Path, texts: impl Iterator<Item = &'a Path>) -> BTreeSet<PathBuf> {
     let mut roots = BTreeSet::from([model.to_owned()]);
     // Download caches keep a model's files elsewhere and link to them.
     for entry in std::fs::read_dir(model).into_iter().flatten().flatten() {
@@ -85,7 +99,7 @@ pub(crate) fn roots<'a>(model: &Path, texts: impl Iterator<Item = &'a TextFile>)
             roots.extend(real.parent().map(Path::to_owned));
         }
     }
-    roots.extend(texts.filter_map(|file| file.path.parent().map(Path::to_owned)));
+    roots.extend(texts.filter_map(|path| path.parent().map(Path::to_owned)));
     roots
 }
 
@@ -115,7 +129,10 @@ mod tests {
         std::fs::create_dir_all(&blobs).unwrap();
         std::fs::write(blobs.join("1"), "{}").unwrap();
         std::os::unix::fs::symlink(blobs.join("1"), model.join("config.json")).unwrap();
-        let text = TextFile { path: real.join("text/a.txt"), field: None, format: None };
-        assert_eq!(roots(&model, [text].iter()), BTreeSet::from([blobs, model, real.join("text")]));
+        let text = real.join("text/a.txt");
+        assert_eq!(
+            roots(&model, [text.as_path()].into_iter()),
+            BTreeSet::from([blobs, model, real.join("text")])
+        );
     }
 }

@@ -9,6 +9,7 @@ mod interrupts;
 mod local_cluster;
 mod local_paths;
 mod local_run;
+mod measured;
 mod out_folder;
 mod output;
 mod progress;

@@ -71,6 +71,10 @@ impl Progress {
             Some(Kind::Evaluation(evaluation)) => {
                 self.note(&format!("perplexity {} {:.4}", evaluation.label, evaluation.perplexity));
             }
+            Some(Kind::Task(result)) => {
+                let accuracy = units::percent(result.accuracy);
+                self.note(&format!("{} {} {accuracy} of {} right", result.task, result.label, result.count));
+            }
             Some(Kind::Decision(decision)) => {
                 if let Output::Lines { .. } = self.output {
                     tell(format!(

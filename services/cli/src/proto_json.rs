@@ -34,6 +34,7 @@ named!(
     Run,
     RunEvent,
     RunSpec,
+    TaskResult,
 );
 
 /// # Errors

@@ -23,6 +23,8 @@ pub(crate) struct RunFile {
     pub workers: Option<u32>,
     /// Held-out text, measured before and after.
     pub evaluation: Option<Evaluation>,
+    /// Multiple-choice tasks, measured before and after.
+    pub tasks: Option<Tasks>,
     /// Where the pruned model goes.
     pub export: Option<Export>,
 }
@@ -64,11 +66,27 @@ pub(crate) struct Evaluation {
     pub data: Vec<TextFile>,
     /// Tokens of a window.
     pub window_tokens: u32,
+    /// Further lengths, measured one after the other.
+    pub more_window_tokens: Vec<u32>,
     pub(crate) mode: EvaluationMode,
     /// Only the first so many tokens; 0 means all.
     pub max_tokens: u64,
     /// Windows in one forward pass; does not change the result.
     pub rows: u32,
+}
+
+/// Multiple-choice tasks.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Tasks {
+    /// One file a task.
+    pub files: Vec<PathBuf>,
+    /// Only the first so many rows of each; 0 means all.
+    pub max_rows: u64,
+    /// Tokens in one forward pass; does not change the result.
+    pub pass_tokens: u32,
+    /// Whether each choice's log-likelihood is returned.
+    pub log_likelihoods: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
@@ -110,7 +128,20 @@ pub(crate) enum ExportDtype {
 
 impl Default for Evaluation {
     fn default() -> Self {
-        Self { data: Vec::new(), window_tokens: 256, mode: EvaluationMode::Stream, max_tokens: 0, rows: 8 }
+        Self {
+            data: Vec::new(),
+            window_tokens: 256,
+            more_window_tokens: Vec::new(),
+            mode: EvaluationMode::Stream,
+            max_tokens: 0,
+            rows: 8,
+        }
+    }
+}
+
+impl Default for Tasks {
+    fn default() -> Self {
+        Self { files: Vec::new(), max_rows: 0, pass_tokens: 512, log_likelihoods: false }
     }
 }
 
@@ -123,7 +154,7 @@ impl Default for Export {
 impl RunFile {
     /// Reads a run file, or a file that holds a recipe alone.
     ///
-    /// A file with any of the keys `model`, `data`, `recipe`, `workers`, `evaluation`, `export` and `name` is a run.
+    /// A file with any of the keys `model`, `data`, `recipe`, `workers`, `evaluation`, `tasks`, `export` and `name` is a run.
     ///
     /// # Errors
     /// When it cannot be read, is no YAML, or has a key or value that is not known: with its path, line and column.
@@ -135,7 +166,8 @@ impl RunFile {
     }
 
     fn parse(text: &str) -> anyhow::Result<Self> {
-        const RUN_KEYS: [&str; 7] = ["name", "model", "data", "recipe", "workers", "evaluation", "export"];
+        const RUN_KEYS: [&str; 8] =
+            ["name", "model", "data", "recipe", "workers", "evaluation", "tasks", "export"];
         let value: serde_yaml_ng::Value = serde_yaml_ng::from_str(text).context("this is not YAML")?;
         anyhow::ensure!(!value.is_null(), "it is empty");
         let is_run =
@@ -156,6 +188,7 @@ impl RunFile {
                 .as_ref()
                 .filter(|evaluation| !evaluation.data.is_empty())
                 .map(Evaluation::to_pb),
+            tasks: self.tasks.as_ref().filter(|tasks| !tasks.files.is_empty()).map(Tasks::to_pb),
             export: self.export.as_ref().map(Export::to_pb),
             display_name: self.name.clone(),
         }
@@ -201,9 +234,22 @@ impl Evaluation {
         pb::EvaluationSpec {
             sources: self.data.iter().map(TextFile::to_pb).collect(),
             window_tokens: Some(self.window_tokens),
+            more_window_tokens: self.more_window_tokens.clone(),
             max_tokens: self.max_tokens,
             mode: Some(mode.into()),
             rows: Some(self.rows),
+        }
+    }
+}
+
+impl Tasks {
+    #[must_use]
+    pub(crate) fn to_pb(&self) -> pb::TaskSpec {
+        pb::TaskSpec {
+            files: self.files.iter().map(|file| path_text(file)).collect(),
+            max_rows: self.max_rows,
+            pass_tokens: Some(self.pass_tokens),
+            log_likelihoods: self.log_likelihoods,
         }
     }
 }
@@ -236,8 +282,8 @@ mod tests {
             "name: small\nmodel: models/small\ndata: [{path: a.jsonl, field: body}]\nworkers: 2\n\
              recipe:\n  steps: 50\n  optimizer: {kind: adamw, weight_decay: 0.01}\n  pruning:\n\
              \x20   criterion: {kind: lora_prune, form: paper}\n    budget: {parameters: 9000}\n    shape: paper\n\
-             \x20   protection: {layers: [0, 3]}\nevaluation: {data: [{path: b.txt, format: plain}], mode: stories}\n\
-             export: {path: out, dtype: bf16}\n",
+             \x20   protection: {layers: [0, 3]}\nevaluation: {data: [{path: b.txt, format: plain}], mode: stories, more_window_tokens: [512]}\n\
+             tasks: {files: [boolq.jsonl], max_rows: 5}\nexport: {path: out, dtype: bf16}\n",
         )
         .unwrap();
         let pruning = run.recipe.pruning.clone().unwrap();
@@ -248,7 +294,14 @@ mod tests {
         let spec = run.to_spec();
         assert_eq!((spec.model.as_str(), spec.tp_degree), ("models/small", Some(2)));
         assert_eq!(spec.training_data[0].field, "body");
-        assert_eq!(spec.evaluation.unwrap().mode(), pb::EvaluationMode::Stories);
+        let evaluation = spec.evaluation.unwrap();
+        assert_eq!(evaluation.mode(), pb::EvaluationMode::Stories);
+        assert_eq!(evaluation.more_window_tokens, [512]);
+        let tasks = spec.tasks.unwrap();
+        assert_eq!(
+            (tasks.files, tasks.max_rows, tasks.pass_tokens),
+            (vec!["boolq.jsonl".into()], 5, Some(512))
+        );
         assert_eq!(spec.export.unwrap().dtype(), pb::ExportDtype::Bf16);
     }
 

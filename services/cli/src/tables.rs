@@ -143,6 +143,9 @@ pub(crate) fn run_table(run: &pb::Run) -> String {
     for evaluation in &run.evaluations {
         row(&format!("perplexity, {}", evaluation.label), format!("{:.4}", evaluation.perplexity));
     }
+    for task in &run.task_results {
+        row(&format!("{}, {}", task.task, task.label), format!("{} right", units::percent(task.accuracy)));
+    }
     if let Some(result) = &run.export_result {
         row("exported to", result.path.clone());
         row("exported parameters", units::grouped(result.parameters));
@@ -190,6 +193,61 @@ pub(crate) fn decisions_table(decisions: &[pb::Decision]) -> String {
         ]);
     }
     align_right(&mut table, 0..7);
+    table.to_string()
+}
+
+/// Perplexities, one a row.
+#[must_use]
+pub(crate) fn evaluations_table(evaluations: &[pb::Evaluation]) -> String {
+    let mut table = table(&["", "window", "perplexity", "predicted tokens", "took"]);
+    for evaluation in evaluations {
+        table.add_row([
+            evaluation.label.clone(),
+            evaluation.window_tokens.to_string(),
+            format!("{:.4}", evaluation.perplexity),
+            units::grouped(evaluation.predicted_tokens),
+            units::duration(Duration::from_secs_f64(evaluation.seconds.max(0.0))),
+        ]);
+    }
+    align_right(&mut table, 1..5);
+    table.to_string()
+}
+
+/// Tasks, one a row, and their means: shares of right answers with their standard errors.
+#[must_use]
+pub(crate) fn tasks_table(
+    tasks: &[pb::TaskResult],
+    mean: Option<f64>,
+    mean_normalized: Option<f64>,
+) -> String {
+    let share = |share: f64, error: Option<f64>| match error {
+        Some(error) => format!("{share:.4} ± {error:.4}"),
+        None => format!("{share:.4}"),
+    };
+    let mut table = table(&["task", "rows", "accuracy", "by character", "tokens", "took"]);
+    for task in tasks {
+        let normalized = task.normalized_accuracy.map(|value| share(value, task.normalized_accuracy_error));
+        table.add_row([
+            task.task.clone(),
+            units::grouped(task.count),
+            share(task.accuracy, task.accuracy_error),
+            normalized.unwrap_or_else(|| "-".to_owned()),
+            units::grouped(task.tokens),
+            units::duration(Duration::from_secs_f64(task.seconds.max(0.0))),
+        ]);
+    }
+    if let (Some(mean), Some(mean_normalized), true) = (mean, mean_normalized, tasks.len() > 1) {
+        let blank = String::new;
+        table.add_row([
+            "mean".to_owned(),
+            blank(),
+            share(mean, None),
+            share(mean_normalized, None),
+            blank(),
+            blank(),
+        ]);
+    }
+    align_right(&mut table, 1..6);
     table.to_string()
 }
 

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use wire::convert::{mask, recipe::field_of_message, run};
 use wire::status::chain;
-use wire::{EvaluationSpec, ExportSpec, InvalidFields, RunSpec, TextSource, Violations, pb};
+use wire::{EvaluationSpec, ExportSpec, InvalidFields, RunSpec, TaskSpec, TextSource, Violations, pb};
 
 /// A run that may start.
 #[derive(Debug)]
@@ -42,6 +42,9 @@ pub(crate) fn admit(
     if let Some(evaluation) = &spec.evaluation {
         check_evaluation(evaluation, &format!("{SPEC}.evaluation"), roots, &mut found);
     }
+    if let Some(tasks) = &spec.tasks {
+        check_tasks(tasks, &format!("{SPEC}.tasks"), roots, &mut found);
+    }
     if let Some(export) = &spec.export {
         check_output(export, &format!("{SPEC}.export"), roots, &mut found);
     }
@@ -67,6 +70,15 @@ fn check_sources(sources: &[TextSource], path: &str, roots: &Roots, found: &mut 
 /// A held-out text that can be read; what is wrong goes to `found`.
 pub(crate) fn check_evaluation(spec: &EvaluationSpec, path: &str, roots: &Roots, found: &mut Violations) {
     check_sources(&spec.sources, &format!("{path}.sources"), roots, found);
+}
+
+/// Task files that are there and may be read; what is wrong goes to `found`.
+pub(crate) fn check_tasks(spec: &TaskSpec, path: &str, roots: &Roots, found: &mut Violations) {
+    for (place, file) in spec.files.iter().enumerate().filter(|(_, file)| !file.is_empty()) {
+        if let Err(problem) = readable_file(file, roots) {
+            found.reject(format!("{path}.files[{place}]"), problem);
+        }
+    }
 }
 
 /// A folder that may be written to and holds nothing; what is wrong goes to `found`.
@@ -131,8 +143,12 @@ fn set_up(
         }
         return None;
     }
-    let options =
-        RunOptions { evaluates: spec.evaluation.is_some(), exports: spec.export.is_some(), blame_grace };
+    let options = RunOptions {
+        windows: spec.evaluation.as_ref().map_or(0, |evaluation| evaluation.windows.len()),
+        tasks: spec.tasks.as_ref().map_or(0, |tasks| tasks.files.len()),
+        exports: spec.export.is_some(),
+        blame_grace,
+    };
     match RunSetup::new(dense, spec.recipe.clone(), spec.tp_degree, options) {
         Ok(setup) => Some(setup),
         Err(error) => {

@@ -3,14 +3,15 @@
 use crate::deadlines::Deadlines;
 use crate::messages;
 use crate::registry::device_kind;
-use pruning_run::{Event, Fault, Generation, ShardFile};
+use pruning_run::{Event, Fault, Generation, Measurement, ShardFile, TaskScore};
+use recipe::Compensation;
 use std::future::Future;
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
 use tonic::Status;
-use tracing::{Instrument, warn};
+use tracing::{Instrument, debug, warn};
 use wire::client::{WorkerClient, lazy_channel, within, worker_client};
 use wire::convert::{mask, scores};
 use wire::pb;
@@ -34,6 +35,7 @@ pub(crate) struct LoadPlan {
     pub(crate) recipe: pb::Recipe,
     pub(crate) training_data: Vec<pb::TextSource>,
     pub(crate) evaluation: Option<pb::EvaluationSpec>,
+    pub(crate) tasks: Option<pb::TaskSpec>,
 }
 
 /// Time for a late answer to be preferred over our own deadline.
@@ -76,6 +78,7 @@ impl Calls {
                 tp_degree,
                 training_data: plan.training_data.clone(),
                 evaluation: plan.evaluation.clone(),
+                tasks: plan.tasks.clone(),
             };
             async move {
                 let loaded = client.load(within(deadline, request)).await?.into_inner();
@@ -110,22 +113,56 @@ impl Calls {
         });
     }
 
-    pub(crate) fn evaluate(&mut self) {
+    pub(crate) fn evaluate(&mut self, measurement: Measurement) {
+        match measurement {
+            Measurement::Window { index } => self.evaluate_window(index),
+            Measurement::Task { index } => self.evaluate_task(index),
+        }
+    }
+
+    fn evaluate_window(&mut self, window_index: usize) {
         let session_id = self.session_id.clone();
         let deadline = self.deadlines.evaluate;
         self.on_all_ranks("Evaluate", deadline, |tp_rank, mut client| {
-            let request = pb::EvaluateRequest { session_id: session_id.clone() };
+            let request = pb::EvaluateRequest {
+                session_id: session_id.clone(),
+                window_index: u32::try_from(window_index).unwrap_or(u32::MAX),
+            };
             async move {
                 let started = Instant::now();
                 let measured = client.evaluate(within(deadline, request)).await?.into_inner();
                 Ok(Event::Evaluated {
                     tp_rank,
+                    window_index,
                     negative_log_likelihood: measured.negative_log_likelihood,
                     predicted_tokens: measured.predicted_tokens,
+                    window_tokens: measured.window_tokens,
                     duration: started.elapsed(),
                 })
             }
         });
+    }
+
+    fn evaluate_task(&mut self, task_index: usize) {
+        let silence = self.deadlines.step;
+        for (tp_rank, client) in self.clients.iter().cloned().enumerate() {
+            let request = pb::EvaluateTaskRequest {
+                session_id: self.session_id.clone(),
+                task_index: u32::try_from(task_index).unwrap_or(u32::MAX),
+            };
+            let outcomes = self.outcomes.clone();
+            let measuring = async move {
+                let started = Instant::now();
+                let event = match task_on(client, request, silence).await {
+                    Ok(score) => {
+                        Event::TaskEvaluated { tp_rank, task_index, score, duration: started.elapsed() }
+                    }
+                    Err(fault) => Event::RankFailed { tp_rank, fault },
+                };
+                tell(&outcomes, event).await;
+            };
+            self.in_flight.spawn(measuring.in_current_span());
+        }
     }
 
     pub(crate) fn train(&mut self, first_step: u64, end_step: u64, generation: Generation) {
@@ -147,10 +184,18 @@ impl Calls {
         }
     }
 
-    pub(crate) fn apply_mask(&mut self, generation: Generation, keep_mask: &pruning::KeepMask) {
+    pub(crate) fn apply_mask(
+        &mut self,
+        generation: Generation,
+        keep_mask: &pruning::KeepMask,
+        compensation: Compensation,
+    ) {
         let session_id = self.session_id.clone();
         let keep_mask = mask::to_pb(keep_mask);
-        let deadline = self.deadlines.apply_mask;
+        let deadline = match compensation {
+            Compensation::None => self.deadlines.apply_mask,
+            Compensation::LeastSquares(_) => self.deadlines.compensate,
+        };
         self.on_all_ranks("ApplyMask", deadline, |tp_rank, mut client| {
             let request = pb::ApplyMaskRequest {
                 session_id: session_id.clone(),
@@ -286,9 +331,35 @@ async fn train_on(
                 }
             }
             Some(Kind::Report(report)) => Event::StepEnded { tp_rank, report: messages::rank_report(report) },
+            Some(Kind::Teaching(progress)) => {
+                debug!(tp_rank, windows = progress.windows, of = progress.total_windows, "teaching");
+                continue;
+            }
             None => return Err(Fault::Own("it sent an empty message while training".to_owned())),
         };
         tell(outcomes, event).await;
+    }
+}
+
+/// One rank's measurement of a task: signs of life, then the score.
+async fn task_on(
+    mut client: WorkerClient,
+    request: pb::EvaluateTaskRequest,
+    silence: Duration,
+) -> Result<TaskScore, Fault> {
+    use pb::evaluate_task_response::Kind;
+    let mut stream = in_time("EvaluateTask", silence, client.evaluate_task(request)).await?.into_inner();
+    loop {
+        let Some(message) = in_time("EvaluateTask", silence, stream.message()).await? else {
+            return Err(Fault::Own("it ended a task without a score".to_owned()));
+        };
+        match message.kind {
+            Some(Kind::Progress(pb::TaskProgress { tokens, total_tokens })) => {
+                debug!(tokens, total_tokens, "task goes on");
+            }
+            Some(Kind::Score(score)) => return Ok(messages::task_score(score)),
+            None => return Err(Fault::Own("it sent an empty message while measuring a task".to_owned())),
+        }
     }
 }
 

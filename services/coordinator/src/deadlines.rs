@@ -6,9 +6,11 @@ pub(crate) struct Deadlines {
     pub(crate) load: Duration,
     pub(crate) open_rendezvous: Duration,
     pub(crate) join_group: Duration,
-    /// Longest silence of a rank between two messages of its training stream.
+    /// Longest silence of a rank between two messages of its stream, of training or of a task.
     pub(crate) step: Duration,
     pub(crate) apply_mask: Duration,
+    /// Of a mask whose removals are compensated: several passes over the calibration windows and a solve for each layer.
+    pub(crate) compensate: Duration,
     pub(crate) evaluate: Duration,
     pub(crate) checkpoint: Duration,
     pub(crate) export: Duration,
@@ -24,6 +26,7 @@ impl Deadlines {
             join_group: minutes(1),
             step,
             apply_mask: minutes(2),
+            compensate: minutes(60),
             evaluate: minutes(30),
             checkpoint: minutes(10),
             export: minutes(30),

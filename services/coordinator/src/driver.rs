@@ -168,7 +168,7 @@ impl Driver {
                 Effect::Load
                 | Effect::OpenRendezvous
                 | Effect::JoinGroup { .. }
-                | Effect::Evaluate
+                | Effect::Evaluate(_)
                 | Effect::Train { .. }
                 | Effect::ApplyMask { .. }
                 | Effect::Checkpoint
@@ -188,9 +188,9 @@ impl Driver {
             }
             Effect::OpenRendezvous => calls.open_rendezvous(),
             Effect::JoinGroup { rendezvous } => calls.join_group(rendezvous),
-            Effect::Evaluate => {
-                info!("evaluating");
-                calls.evaluate();
+            Effect::Evaluate(measurement) => {
+                info!(?measurement, "evaluating");
+                calls.evaluate(measurement);
             }
             Effect::Train { first_step, end_step, generation } => {
                 info!(first_step, end_step, %generation, "training");
@@ -198,7 +198,9 @@ impl Driver {
             }
             Effect::ApplyMask { generation, keep_mask } => {
                 info!(%generation, "mask decided");
-                calls.apply_mask(generation, &keep_mask);
+                let pruning = self.record.spec.recipe.pruning.as_ref();
+                let compensation = pruning.map(|pruning| pruning.compensation).unwrap_or_default();
+                calls.apply_mask(generation, &keep_mask, compensation);
             }
             Effect::Checkpoint => match self.context.make_checkpoint_folder(&self.record.id) {
                 Ok(folder) => {
@@ -256,6 +258,7 @@ fn load_plan(record: &RunRecord) -> LoadPlan {
         recipe: recipe::to_pb(&spec.recipe),
         training_data: data::sources_to_pb(&spec.training_data),
         evaluation: spec.evaluation.as_ref().map(data::evaluation_to_pb),
+        tasks: spec.tasks.as_ref().map(data::tasks_to_pb),
     }
 }
 

@@ -2,7 +2,8 @@
 
 use crate::run_book::RunRecord;
 use pruning_run::{
-    Decision, Evaluation, ExportResult, Generation, RankReport, RunEvent, RunEventKind, RunState, StepReport,
+    Accuracy, Decision, Evaluation, ExportResult, Generation, RankReport, RunEvent, RunEventKind, RunState,
+    StepReport, TaskResult, TaskScore,
 };
 use std::time::Duration;
 use wire::convert::{mask, run, time};
@@ -24,6 +25,12 @@ pub(crate) fn run(record: &RunRecord) -> pb::Run {
         export_result: shown.export.as_ref().map(export),
         plan: Some(record.plan.clone()),
         worker_ids: shown.worker_ids,
+        // Each choice's log-likelihood is in the events alone: many runs are listed in one message.
+        task_results: shown
+            .tasks
+            .iter()
+            .map(|result| pb::TaskResult { log_likelihoods: Vec::new(), ..task(result) })
+            .collect(),
     }
 }
 
@@ -36,6 +43,7 @@ pub(crate) fn event(event: &RunEvent) -> pb::RunEvent {
         RunEventKind::Step(report) => Kind::Step(step(report)),
         RunEventKind::Decision(decision) => Kind::Decision(self::decision(decision)),
         RunEventKind::Evaluation(evaluation) => Kind::Evaluation(self::evaluation(evaluation)),
+        RunEventKind::Task(result) => Kind::Task(task(result)),
         RunEventKind::Export(result) => Kind::Export(export(result)),
     };
     pb::RunEvent { revision: event.revision, time: Some(time::time_to_pb(event.time)), kind: Some(kind) }
@@ -71,6 +79,41 @@ pub(crate) fn evaluation(evaluation: &Evaluation) -> pb::Evaluation {
         predicted_tokens: evaluation.predicted_tokens,
         step: evaluation.step,
         seconds: evaluation.duration.as_secs_f64(),
+        window_tokens: evaluation.window_tokens,
+    }
+}
+
+pub(crate) fn task(result: &TaskResult) -> pb::TaskResult {
+    let score = &result.score;
+    let plain = Accuracy::new(score.correct, score.count);
+    let normalized = score.correct_normalized.map(|correct| Accuracy::new(correct, score.count));
+    pb::TaskResult {
+        label: result.label.clone(),
+        task: score.task.clone(),
+        count: score.count,
+        correct: score.correct,
+        correct_normalized: score.correct_normalized,
+        accuracy: plain.share,
+        accuracy_error: plain.standard_error,
+        normalized_accuracy: normalized.map(|accuracy| accuracy.share),
+        normalized_accuracy_error: normalized.and_then(|accuracy| accuracy.standard_error),
+        log_likelihood: score.log_likelihood,
+        tokens: score.tokens,
+        step: result.step,
+        seconds: result.duration.as_secs_f64(),
+        log_likelihoods: score.log_likelihoods.clone(),
+    }
+}
+
+pub(crate) fn task_score(message: pb::TaskScore) -> TaskScore {
+    TaskScore {
+        task: message.task,
+        count: message.count,
+        correct: message.correct,
+        correct_normalized: message.correct_normalized,
+        log_likelihood: message.log_likelihood,
+        tokens: message.tokens,
+        log_likelihoods: message.log_likelihoods,
     }
 }
 

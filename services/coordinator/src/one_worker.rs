@@ -6,8 +6,9 @@ use crate::driver::export_request;
 use crate::messages;
 use crate::registry::GroupClaim;
 use crate::run_book::{RunRecord, Shown};
-use pruning_run::{Evaluation, Event, ExportResult, Fault, RunState};
+use pruning_run::{Evaluation, Event, ExportResult, Fault, Measurement, RunState, TaskResult};
 use recipe::Recipe;
+use std::collections::VecDeque;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,9 +18,35 @@ use tracing::{Instrument, instrument};
 use wire::client::{lazy_channel, worker_client};
 use wire::convert::{data, recipe as recipe_message, run};
 use wire::status::{Failure, Reason, chain};
-use wire::{EvaluationSpec, ExportSpec};
+use wire::{EvaluationSpec, ExportSpec, TaskSpec};
 
-/// Measures the exported model of a run on another text.
+/// Label of what is measured after a run.
+const EXPORTED: &str = "exported";
+
+/// What EvaluateRun is to measure.
+#[derive(Debug)]
+pub(crate) struct Wanted {
+    pub(crate) evaluation: Option<EvaluationSpec>,
+    pub(crate) tasks: Option<TaskSpec>,
+}
+
+/// What EvaluateRun has measured, in the order of what was wanted.
+#[derive(Debug, Default)]
+pub(crate) struct Measured {
+    pub(crate) evaluations: Vec<Evaluation>,
+    pub(crate) tasks: Vec<TaskResult>,
+}
+
+impl Wanted {
+    fn measurements(&self) -> VecDeque<Measurement> {
+        let windows = self.evaluation.as_ref().map_or(0, |evaluation| evaluation.windows.len());
+        let tasks = self.tasks.as_ref().map_or(0, |tasks| tasks.files.len());
+        let windows = (0..windows).map(|index| Measurement::Window { index });
+        windows.chain((0..tasks).map(|index| Measurement::Task { index })).collect()
+    }
+}
+
+/// Measures the exported model of a run on another text, or on tasks.
 ///
 /// # Errors
 /// When nothing was exported, no worker is idle, or the worker fails.
@@ -27,8 +54,8 @@ use wire::{EvaluationSpec, ExportSpec};
 pub(crate) async fn evaluate(
     context: &Arc<Context>,
     record: &Arc<RunRecord>,
-    spec: EvaluationSpec,
-) -> Result<Evaluation, Failure> {
+    wanted: Wanted,
+) -> Result<Measured, Failure> {
     let Some(exported) = record.shown().export else {
         return Err(not_ready(record, "has not exported a model yet"));
     };
@@ -38,8 +65,10 @@ pub(crate) async fn evaluate(
         model: exported.path,
         recipe: recipe_message::to_pb(&Recipe { steps: 0, pruning: None, ..record.spec.recipe.clone() }),
         training_data: Vec::new(),
-        evaluation: Some(data::evaluation_to_pb(&spec)),
+        evaluation: wanted.evaluation.as_ref().map(data::evaluation_to_pb),
+        tasks: wanted.tasks.as_ref().map(data::tasks_to_pb),
     };
+    let mut left = wanted.measurements();
     let session_id = format!("{}-evaluate-{}", record.id, uuid::Uuid::new_v4().simple());
     let deadlines = context.deadlines;
     in_background(context, move |given_up| async move {
@@ -48,6 +77,7 @@ pub(crate) async fn evaluate(
             .map_err(|cause| Failure::new(Reason::Internal, cause))?;
         let mut claim = claim;
         calls.load(&plan);
+        let mut measured = Measured::default();
         let result = loop {
             let event = tokio::select! {
                 Some(event) = outcomes.recv() => event,
@@ -55,22 +85,40 @@ pub(crate) async fn evaluate(
                 () = given_up.cancelled() => break Err(Failure::new(Reason::Aborted, "the caller went away")),
             };
             match event {
-                Event::Loaded { .. } => calls.evaluate(),
-                Event::Evaluated { negative_log_likelihood, predicted_tokens, duration, .. } => {
+                Event::Loaded { .. } => {}
+                Event::Evaluated {
+                    negative_log_likelihood,
+                    predicted_tokens,
+                    window_tokens,
+                    duration,
+                    ..
+                } => {
                     if predicted_tokens == 0 || !negative_log_likelihood.is_finite() {
                         let message = format!(
                             "{negative_log_likelihood} nats over {predicted_tokens} tokens are no measurement"
                         );
                         break Err(Failure::new(Reason::NotFinite, message));
                     }
-                    break Ok(Evaluation {
-                        label: "exported".to_owned(),
+                    measured.evaluations.push(Evaluation {
+                        label: EXPORTED.to_owned(),
                         perplexity: (negative_log_likelihood / predicted_tokens as f64).exp(),
                         negative_log_likelihood,
                         predicted_tokens,
                         step: steps,
                         duration,
+                        window_tokens,
                     });
+                }
+                Event::TaskEvaluated { score, duration, .. } => {
+                    if !score.is_sound() {
+                        let message = format!(
+                            "task `{}`: {} right of {}, {} nats are no measurement",
+                            score.task, score.correct, score.count, score.log_likelihood
+                        );
+                        break Err(Failure::new(Reason::NotFinite, message));
+                    }
+                    let label = EXPORTED.to_owned();
+                    measured.tasks.push(TaskResult { label, score, step: steps, duration });
                 }
                 Event::RankFailed { fault, .. } => {
                     let id = claim.workers().first().map_or("", |worker| worker.id.as_str());
@@ -90,7 +138,11 @@ pub(crate) async fn evaluate(
                 | Event::WorkerLost { .. }
                 | Event::CoordinatorFailed { .. }
                 | Event::CancelRequested { .. }
-                | Event::Woken => {}
+                | Event::Woken => continue,
+            }
+            match left.pop_front() {
+                Some(measurement) => calls.evaluate(measurement),
+                None => break Ok(measured),
             }
         };
         // A failure here is logged, and the worker drops the session at its next Load.

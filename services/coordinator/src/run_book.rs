@@ -4,7 +4,7 @@ use crate::sync::lock;
 use pruning::KeepMask;
 use pruning_run::{
     Decision, Evaluation, ExportResult, Generation, RunEvent, RunEventKind, RunId, RunSetup, RunState,
-    ShardFile, StepReport,
+    ShardFile, StepReport, TaskResult,
 };
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex};
@@ -85,6 +85,7 @@ pub(crate) struct Shown {
     pub(crate) last_step: Option<StepReport>,
     pub(crate) decisions: Vec<Arc<Decision>>,
     pub(crate) evaluations: Vec<Evaluation>,
+    pub(crate) tasks: Vec<TaskResult>,
     pub(crate) export: Option<ExportResult>,
     /// By tensor-parallel rank.
     pub(crate) worker_ids: Vec<String>,
@@ -148,6 +149,7 @@ impl RunRecord {
             last_step: None,
             decisions: Vec::new(),
             evaluations: Vec::new(),
+            tasks: Vec::new(),
             export: None,
             worker_ids: Vec::new(),
             shards: None,
@@ -270,6 +272,7 @@ impl Shown {
             RunEventKind::Step(report) => self.last_step = Some(*report),
             RunEventKind::Decision(decision) => self.decisions.push(decision.clone()),
             RunEventKind::Evaluation(evaluation) => self.evaluations.push(evaluation.clone()),
+            RunEventKind::Task(result) => self.tasks.push(result.clone()),
             RunEventKind::Export(result) => self.export = Some(result.clone()),
         }
     }

@@ -26,6 +26,9 @@ pub struct ServeArgs {
     /// Device to compute on: cpu, cuda or cuda:N
     #[arg(long, env = "ESPALIER_DEVICE", value_name = "DEVICE", default_value = "cpu")]
     pub device: String,
+    /// Library that sums between ranks; gloo where two workers share a GPU [default: what the coordinator says]
+    #[arg(long, env = "ESPALIER_COLLECTIVES", value_name = "LIBRARY")]
+    pub collectives: Option<CollectivesName>,
     /// Compute threads [default: all cores]
     #[arg(long, env = "ESPALIER_THREADS", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub threads: Option<u32>,
@@ -46,6 +49,15 @@ pub struct ServeArgs {
     pub log: LogArgs,
 }
 
+/// Libraries of `--collectives`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum CollectivesName {
+    /// Over TCP, on any device
+    Gloo,
+    /// Between CUDA devices, one worker each
+    Nccl,
+}
+
 /// What the library needs of the flags.
 #[derive(Debug, Clone)]
 pub struct WorkerConfig {
@@ -56,6 +68,8 @@ pub struct WorkerConfig {
     pub data_host: Option<String>,
     pub id: String,
     pub device: String,
+    /// The device's memory, if it has its own.
+    pub device_memory_bytes: Option<u64>,
     pub threads: u32,
     pub roots: RootArgs,
     pub collective_timeout: Duration,
@@ -73,6 +87,7 @@ impl From<ServeArgs> for WorkerConfig {
             advertise: args.advertise.filter(|url| !url.is_empty()),
             data_host: args.data_host.filter(|host| !host.is_empty()),
             device: args.device,
+            device_memory_bytes: None,
             roots: args.roots,
             collective_timeout: Duration::from_secs(args.collective_timeout_seconds),
             register_timeout: Duration::from_secs(args.register_timeout_seconds),
@@ -104,7 +119,7 @@ impl WorkerConfig {
             id: self.id.clone(),
             endpoint,
             device: self.device.clone(),
-            memory_bytes: if self.device == "cpu" { crate::memory::available_to_process_bytes() } else { 0 },
+            memory_bytes: self.device_memory_bytes.unwrap_or_else(crate::memory::available_to_process_bytes),
             threads: self.threads,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             data_host,
@@ -133,6 +148,7 @@ mod tests {
             data_host: None,
             id: "w".into(),
             device: "cpu".into(),
+            device_memory_bytes: None,
             threads: 1,
             roots: RootArgs::default(),
             collective_timeout: Duration::from_secs(1),
@@ -157,6 +173,13 @@ mod tests {
             assert_eq!((info.endpoint.as_str(), info.data_host.as_str()), (endpoint, host));
             assert!(info.memory_bytes > 1 << 20);
         }
+    }
+
+    #[test]
+    fn a_device_with_memory_of_its_own_announces_that() {
+        let config = WorkerConfig { device: "cuda:0".into(), device_memory_bytes: Some(1 << 37), ..config() };
+        let info = config.announced("127.0.0.1:80".parse().unwrap()).unwrap();
+        assert_eq!((info.device.as_str(), info.memory_bytes), ("cuda:0", 1 << 37));
     }
 
     #[test]

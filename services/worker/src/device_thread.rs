@@ -4,7 +4,9 @@ use crate::data::{self, DataRequest, SessionData};
 use crate::failure;
 use crate::session::{Progress, SessionEnd};
 use checkpoint::ModelFolder;
-use engine::{Engine, EngineError, MaskApplied, NllSum, Rendezvous, ShardEngine, ShardSetup};
+use engine::{
+    CollectiveBackend, Engine, EngineError, MaskApplied, NllSum, Rendezvous, ShardEngine, ShardSetup,
+};
 use model_spec::ModelSpec;
 use pruning::KeepMask;
 use recipe::Compute;
@@ -21,6 +23,8 @@ use wire::convert::scores::{ScorePlace, ScoreWidth, chunks};
 use wire::convert::{mask, time};
 use wire::pb;
 use wire::status::{Failure, Reason};
+
+mod task;
 
 /// What a session is made of.
 pub(crate) struct SessionSetup {
@@ -55,6 +59,13 @@ pub(crate) struct Written {
     pub(crate) sha256: String,
 }
 
+/// What Evaluate measured.
+#[derive(Debug)]
+pub(crate) struct Perplexity {
+    pub(crate) sum: NllSum,
+    pub(crate) window_tokens: usize,
+}
+
 /// Steps `first_step .. end_step` under a mask.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Stretch {
@@ -65,12 +76,15 @@ pub(crate) struct Stretch {
 
 type Reply<T> = oneshot::Sender<Result<T, Failure>>;
 pub(crate) type TrainItem = Result<pb::TrainResponse, Status>;
+pub(crate) type TaskItem = Result<pb::EvaluateTaskResponse, Status>;
 
 pub(crate) enum Command {
     OpenRendezvous {
+        backend: CollectiveBackend,
         reply: Reply<Rendezvous>,
     },
     JoinGroup {
+        backend: CollectiveBackend,
         rendezvous: Rendezvous,
         reply: Reply<()>,
     },
@@ -86,7 +100,14 @@ pub(crate) enum Command {
         reply: Reply<(MaskApplied, u64)>,
     },
     Evaluate {
-        reply: Reply<NllSum>,
+        window_index: usize,
+        reply: Reply<Perplexity>,
+    },
+    /// `accepted` is answered before the first pass; then signs of life and the score go to `sink`.
+    EvaluateTask {
+        task_index: usize,
+        accepted: Reply<()>,
+        sink: mpsc::Sender<TaskItem>,
     },
     Checkpoint {
         folder: PathBuf,
@@ -186,6 +207,8 @@ struct Shard<'a> {
     last_applied: MaskApplied,
     next_step: u64,
     joined: bool,
+    /// The unpruned model has read the windows of the run.
+    taught: bool,
     steps_done: Arc<AtomicU64>,
 }
 
@@ -207,6 +230,7 @@ impl<'a> Shard<'a> {
             generation: 0,
             last_applied: MaskApplied { received_groups: 0 },
             next_step: 0,
+            taught: false,
             context,
             engine,
             setup,
@@ -230,36 +254,43 @@ impl<'a> Shard<'a> {
     fn obey(&mut self, command: Command) {
         let end = self.context.end.clone();
         match command {
-            Command::OpenRendezvous { reply } => {
-                answer(reply, &end, "opening the rendezvous", || self.open_rendezvous());
+            Command::OpenRendezvous { backend, reply } => {
+                answer(reply, &end, "opening the rendezvous", || self.open_rendezvous(backend));
             }
-            Command::JoinGroup { rendezvous, reply } => {
-                answer(reply, &end, "joining the group", || self.join_group(&rendezvous));
+            Command::JoinGroup { backend, rendezvous, reply } => {
+                answer(reply, &end, "joining the group", || self.join_group(backend, &rendezvous));
             }
             Command::Train { stretch, accepted, sink } => self.train(stretch, accepted, &sink),
             Command::ApplyMask { generation, keep_mask, reply } => {
                 answer(reply, &end, "applying the mask", || self.apply_mask(generation, keep_mask));
             }
-            Command::Evaluate { reply } => answer(reply, &end, "evaluating", || self.evaluate()),
+            Command::Evaluate { window_index, reply } => {
+                answer(reply, &end, "evaluating", || self.evaluate(window_index));
+            }
+            Command::EvaluateTask { task_index, accepted, sink } => {
+                self.evaluate_task(task_index, accepted, &sink);
+            }
             Command::Checkpoint { folder, reply } => {
                 answer(reply, &end, "writing the checkpoint", || self.checkpoint(folder));
             }
         }
     }
 
-    fn open_rendezvous(&mut self) -> Result<Rendezvous, Fault> {
+    fn open_rendezvous(&mut self, backend: CollectiveBackend) -> Result<Rendezvous, Fault> {
         if self.setup.tp_rank != 0 {
             let message = format!("only rank 0 opens the rendezvous; this is rank {}", self.setup.tp_rank);
             return Err(Failure::new(Reason::Refused, message).into());
         }
+        self.engine.choose_backend(backend)?;
         Ok(self.engine.open_rendezvous(&self.data_host)?)
     }
 
-    fn join_group(&mut self, rendezvous: &Rendezvous) -> Result<(), Fault> {
+    fn join_group(&mut self, backend: CollectiveBackend, rendezvous: &Rendezvous) -> Result<(), Fault> {
         if self.joined && self.setup.tp_degree > 1 {
             let message = "the session has joined its group already; load it anew to form another";
             return Err(Failure::new(Reason::Refused, message).into());
         }
+        self.engine.choose_backend(backend)?;
         let joined = self.engine.join_group(rendezvous, &self.data_host);
         // Half a group is no group: nothing can be done with this shard any more.
         joined.map_err(|error| Fault { failure: failure::of_engine(&error), ends_session: true })?;
@@ -274,22 +305,18 @@ impl<'a> Shard<'a> {
         }
         // A caller that is gone already is noticed at the first report.
         let _ = accepted.send(Ok(()));
+        match guarded("teaching", || self.teach(stretch.first_step, sink)) {
+            Ok(true) => {}
+            Ok(false) => return info!("teaching stops: nobody listens any more"),
+            Err(fault) => return self.stop(stretch.first_step, fault, sink),
+        }
         for step in stretch.first_step..stretch.end_step {
             if self.context.end.is_over() {
                 return;
             }
             let messages = match guarded("a step", || self.step(step)) {
                 Ok(messages) => messages,
-                Err(Fault { failure, ends_session: true }) => {
-                    // The stream ends with the reason of the session's end.
-                    lose(&self.context.end, failure);
-                    return;
-                }
-                Err(Fault { failure, ends_session: false }) => {
-                    warn!(step, error = %failure, "step failed");
-                    let _ = self.send(sink, Err(failure.into()));
-                    return;
-                }
+                Err(fault) => return self.stop(step, fault, sink),
             };
             for message in messages {
                 if self.send(sink, Ok(message)).is_err() {
@@ -298,6 +325,50 @@ impl<'a> Shard<'a> {
                 }
             }
         }
+    }
+
+    /// Ends a training stream with the reason.
+    fn stop(&self, step: u64, fault: Fault, sink: &mpsc::Sender<TrainItem>) {
+        let Fault { failure, ends_session } = fault;
+        if ends_session {
+            // The stream ends with the reason of the session's end.
+            return lose(&self.context.end, failure);
+        }
+        warn!(step, error = %failure, "step failed");
+        let _ = self.send(sink, Err(failure.into()));
+    }
+
+    /// Where the recipe distils: has the unpruned model read every window from `first_step` on, a pass at a time, each told
+    /// of. False when the caller is gone or the session over.
+    fn teach(&mut self, first_step: u64, sink: &mpsc::Sender<TrainItem>) -> Result<bool, Fault> {
+        let recipe = &self.setup.recipe;
+        if recipe.distillation.is_none() || self.taught {
+            return Ok(true);
+        }
+        let started = Instant::now();
+        let windows = self.data.windows_of(first_step..recipe.steps);
+        let (total, mut done) = (windows.len(), 0);
+        for rows in windows.chunks(recipe.batch.rows) {
+            self.engine.teach(rows)?;
+            let tenths = |windows: usize| 10 * windows / total;
+            if tenths(done) < tenths(done + rows.len()) {
+                info!(
+                    windows = done + rows.len(),
+                    of = total,
+                    "the unpruned model reads the windows of the run"
+                );
+            }
+            done += rows.len();
+            let progress = pb::TeachingProgress { windows: done as u64, total_windows: total as u64 };
+            let kind = pb::train_response::Kind::Teaching(progress);
+            if self.send(sink, Ok(pb::TrainResponse { kind: Some(kind) })).is_err() {
+                return Ok(false);
+            }
+        }
+        self.taught = true;
+        let memory_bytes = self.note_progress();
+        info!(windows = total, memory_bytes, seconds = started.elapsed().as_secs_f64(), "taught");
+        Ok(true)
     }
 
     fn check_stretch(&self, stretch: Stretch) -> Result<(), Failure> {
@@ -402,7 +473,11 @@ impl<'a> Shard<'a> {
         }
         mask::check_fits(&keep_mask, &self.dense, "keep_mask").map_err(Failure::from)?;
         keep_mask.check_subset_of(&self.keep_mask).map_err(Failure::from)?;
-        let applied = match self.engine.apply_mask(generation, &keep_mask) {
+        let recipe = &self.setup.recipe;
+        let compensation = recipe.pruning.as_ref().and_then(|pruning| pruning.compensation.least_squares());
+        let calibration =
+            compensation.map(|choice| self.data.calibration(choice.windows, recipe.seed)).unwrap_or_default();
+        let applied = match self.engine.apply_mask(generation, &keep_mask, &calibration) {
             Ok(applied) => applied,
             // Refused before anything changed: the session goes on. Else the shard may be half sliced.
             Err(error @ EngineError::Refused(_)) => return Err(error.into()),
@@ -421,11 +496,12 @@ impl<'a> Shard<'a> {
         Ok((applied, memory_bytes))
     }
 
-    fn evaluate(&mut self) -> Result<NllSum, Fault> {
+    fn evaluate(&mut self, window_index: usize) -> Result<Perplexity, Fault> {
         self.require_group()?;
-        let Some((rows, rows_per_pass)) = self.data.evaluation() else {
-            return Err(data::none_loaded("held-out text", "evaluation").into());
+        let Some(held) = self.data.evaluation(window_index) else {
+            return Err(data::none_loaded("held-out text of that window", "evaluation").into());
         };
+        let (rows, rows_per_pass, window_tokens) = (held.set.rows(), held.rows_per_pass, held.window_tokens);
         let started = Instant::now();
         let mut sum = NllSum::default();
         // A pass at a time, so that an abort need not wait for all of them.
@@ -440,11 +516,12 @@ impl<'a> Shard<'a> {
         self.note_progress();
         info!(
             perplexity = sum.perplexity(),
+            window_tokens,
             predicted_tokens = sum.predicted,
             seconds = started.elapsed().as_secs_f64(),
             "evaluated"
         );
-        Ok(sum)
+        Ok(Perplexity { sum, window_tokens })
     }
 
     fn checkpoint(&mut self, folder: PathBuf) -> Result<Written, Fault> {
@@ -482,7 +559,7 @@ impl<'a> Shard<'a> {
     }
 
     /// Waits for room in the stream; fails when the caller is gone or the session over.
-    fn send(&self, sink: &mpsc::Sender<TrainItem>, item: TrainItem) -> Result<(), ()> {
+    fn send<T>(&self, sink: &mpsc::Sender<T>, item: T) -> Result<(), ()> {
         self.context.runtime.block_on(async {
             tokio::select! {
                 biased;

@@ -13,9 +13,9 @@ mod parent;
 mod registration;
 mod rpc;
 mod session;
-mod train_stream;
+mod session_stream;
 
-pub use config::{ServeArgs, WorkerConfig};
+pub use config::{CollectivesName, ServeArgs, WorkerConfig};
 pub use logits::{TokensFileError, read_tokens_file};
 pub use parent::{Parent, ParentGone};
 pub use rpc::WorkerRpc;

@@ -2,13 +2,14 @@
 
 use anyhow::Context;
 use clap::Parser;
-use engine_tch::{Device, TchEngine};
+use engine::CollectiveBackend;
+use engine_tch::TchEngine;
 use service_kit::{shutdown, telemetry};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
-use worker::{Parent, ServeArgs, WorkerConfig};
+use worker::{CollectivesName, Parent, ServeArgs, WorkerConfig};
 
 /// Longest that tasks may take to end after the server has.
 const RUNTIME_GRACE: Duration = Duration::from_secs(1);
@@ -62,15 +63,26 @@ fn main() -> ExitCode {
 
 fn run_server(args: ServeArgs) -> anyhow::Result<()> {
     let parent = args.exit_with_parent.map(Parent::arm).transpose()?;
-    let device = device(&args.device)?;
+    let device = engine_tch::open_device(&args.device).context("--device cannot be used")?;
     let log = args.log.clone();
     if args.coordinator.as_ref().is_none_or(|url| url.is_empty()) {
         anyhow::bail!("no coordinator is given: pass --coordinator URL or set ESPALIER_COORDINATOR");
     }
-    let config = WorkerConfig::from(args);
+    let backend = args.collectives.map(backend);
+    if backend == Some(CollectiveBackend::Nccl) && !device.is_cuda() {
+        anyhow::bail!("--collectives nccl needs a CUDA device; this worker computes on {}", args.device);
+    }
+    let mut config = WorkerConfig::from(args);
+    if device.is_cuda() {
+        config.device_memory_bytes = Some(engine_tch::device_memory(device)?.total);
+    }
     // A check of an export runs this same program.
     let program = std::env::current_exe().context("failed to find this program's own path")?;
-    let engine = Arc::new(TchEngine::new(device, config.threads as usize, program));
+    let engine = TchEngine::new(device, config.threads as usize, program);
+    let engine = Arc::new(match backend {
+        Some(backend) => engine.with_backend(backend),
+        None => engine,
+    });
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -96,12 +108,9 @@ fn write_logits(args: &LogitsArgs) -> anyhow::Result<()> {
         .with_context(|| format!("failed to write the logits of `{}`", args.model.display()))
 }
 
-/// A device by its name.
-fn device(name: &str) -> anyhow::Result<Device> {
-    let index = match name {
-        "cpu" => return Ok(Device::Cpu),
-        "cuda" => Some(0),
-        other => other.strip_prefix("cuda:").and_then(|index| index.parse().ok()),
-    };
-    index.map(Device::Cuda).with_context(|| format!("--device `{name}` is not cpu, cuda or cuda:N"))
+fn backend(name: CollectivesName) -> CollectiveBackend {
+    match name {
+        CollectivesName::Gloo => CollectiveBackend::Gloo,
+        CollectivesName::Nccl => CollectiveBackend::Nccl,
+    }
 }

@@ -1,12 +1,12 @@
 //! `WorkerService`: messages into domain types, an order to the device thread, its answer back.
 
 use crate::data::{DataRequest, LocatedSource};
-use crate::device_thread::{Command, SessionSetup, Stretch};
+use crate::device_thread::{Command, Perplexity, SessionSetup, Stretch};
 use crate::failure;
 use crate::session::{Session, Starter};
-use crate::train_stream::TrainStream;
+use crate::session_stream::SessionStream;
 use checkpoint::ModelFolder;
-use engine::{Engine, ExportJob, Rendezvous, ShardSetup};
+use engine::{CollectiveBackend, Engine, ExportJob, Rendezvous, ShardSetup};
 use service_kit::{PathRefused, Roots};
 use std::fmt;
 use std::path::PathBuf;
@@ -22,8 +22,8 @@ use wire::pb::worker_service_server::WorkerService;
 use wire::status::{Failure, Reason, chain};
 use wire::{Violations, limits, pb};
 
-/// Messages of a Train stream that may wait for a slow reader.
-const TRAIN_QUEUE: usize = 16;
+/// Messages of a stream that may wait for a slow reader.
+const STREAM_QUEUE: usize = 16;
 /// Longest that Abort and shutdown wait for the device thread.
 const ABORT_GRACE: Duration = Duration::from_secs(5);
 /// What Load allows an earlier session's thread beyond its collectives' timeout.
@@ -270,6 +270,14 @@ impl Load {
             let sources = located_sources(roots, spec.sources.clone(), "evaluation.sources", &mut found);
             (spec, sources)
         });
+        let tasks = message.tasks.map(|tasks| {
+            let spec = data::tasks_from_pb(tasks, "tasks", &mut found);
+            let files = spec.files.iter().enumerate().filter(|(_, file)| !file.is_empty());
+            let files = files
+                .map(|(place, file)| located(roots.input(file), format!("tasks.files[{place}]"), &mut found))
+                .collect();
+            (spec, files)
+        });
         let shard = ShardSetup {
             model: model.clone(),
             recipe,
@@ -277,7 +285,7 @@ impl Load {
             tp_degree: message.tp_degree as usize,
             collective_timeout,
         };
-        let data = DataRequest { model, training, evaluation };
+        let data = DataRequest { model, training, evaluation, tasks };
         Ok(found.finish(Self { session_id: message.session_id, shard, data })?)
     }
 }
@@ -349,9 +357,10 @@ async fn blocking<T: Send + 'static>(
     }
 }
 
-fn check_backend(number: i32) -> Result<(), Failure> {
+fn backend(number: i32) -> Result<CollectiveBackend, Failure> {
     match pb::CollectiveBackend::try_from(number) {
-        Ok(pb::CollectiveBackend::Gloo | pb::CollectiveBackend::Nccl) => Ok(()),
+        Ok(pb::CollectiveBackend::Gloo) => Ok(CollectiveBackend::Gloo),
+        Ok(pb::CollectiveBackend::Nccl) => Ok(CollectiveBackend::Nccl),
         Ok(pb::CollectiveBackend::Unspecified) | Err(_) => Err(Failure::invalid_field(
             "backend",
             format!("has no usable member {number}; use COLLECTIVE_BACKEND_GLOO or COLLECTIVE_BACKEND_NCCL"),
@@ -361,7 +370,8 @@ fn check_backend(number: i32) -> Result<(), Failure> {
 
 #[tonic::async_trait]
 impl WorkerService for WorkerRpc {
-    type TrainStream = TrainStream;
+    type TrainStream = SessionStream<pb::TrainResponse>;
+    type EvaluateTaskStream = SessionStream<pb::EvaluateTaskResponse>;
 
     async fn describe(
         &self,
@@ -414,9 +424,9 @@ impl WorkerService for WorkerRpc {
         request: Request<pb::OpenRendezvousRequest>,
     ) -> Result<Response<pb::OpenRendezvousResponse>, Status> {
         let message = request.into_inner();
-        check_backend(message.backend)?;
+        let backend = backend(message.backend)?;
         let session = self.session(&message.session_id)?;
-        let rendezvous = session.call(|reply| Command::OpenRendezvous { reply }).await?;
+        let rendezvous = session.call(|reply| Command::OpenRendezvous { backend, reply }).await?;
         Ok(Response::new(pb::OpenRendezvousResponse { rendezvous: rendezvous.0.into() }))
     }
 
@@ -425,14 +435,14 @@ impl WorkerService for WorkerRpc {
         request: Request<pb::JoinGroupRequest>,
     ) -> Result<Response<pb::JoinGroupResponse>, Status> {
         let message = request.into_inner();
-        check_backend(message.backend)?;
+        let backend = backend(message.backend)?;
         let session = self.session(&message.session_id)?;
         let rendezvous = Rendezvous(message.rendezvous.to_vec());
-        session.call(|reply| Command::JoinGroup { rendezvous, reply }).await?;
+        session.call(|reply| Command::JoinGroup { backend, rendezvous, reply }).await?;
         Ok(Response::new(pb::JoinGroupResponse {}))
     }
 
-    async fn train(&self, request: Request<pb::TrainRequest>) -> Result<Response<TrainStream>, Status> {
+    async fn train(&self, request: Request<pb::TrainRequest>) -> Result<Response<Self::TrainStream>, Status> {
         let message = request.into_inner();
         let session = self.session(&message.session_id)?;
         let stretch = Stretch {
@@ -440,9 +450,9 @@ impl WorkerService for WorkerRpc {
             end_step: message.end_step,
             generation: message.generation,
         };
-        let (sink, items) = mpsc::channel(TRAIN_QUEUE);
+        let (sink, items) = mpsc::channel(STREAM_QUEUE);
         session.call(|accepted| Command::Train { stretch, accepted, sink }).await?;
-        Ok(Response::new(TrainStream::new(items, session.end.clone())))
+        Ok(Response::new(SessionStream::new(items, session.end.clone())))
     }
 
     async fn apply_mask(
@@ -462,12 +472,28 @@ impl WorkerService for WorkerRpc {
         &self,
         request: Request<pb::EvaluateRequest>,
     ) -> Result<Response<pb::EvaluateResponse>, Status> {
-        let session = self.session(&request.into_inner().session_id)?;
-        let sum = session.call(|reply| Command::Evaluate { reply }).await?;
+        let pb::EvaluateRequest { session_id, window_index } = request.into_inner();
+        let session = self.session(&session_id)?;
+        let window_index = window_index as usize;
+        let Perplexity { sum, window_tokens } =
+            session.call(|reply| Command::Evaluate { window_index, reply }).await?;
         Ok(Response::new(pb::EvaluateResponse {
             negative_log_likelihood: sum.negative_log_likelihood,
             predicted_tokens: sum.predicted,
+            window_tokens: u32::try_from(window_tokens).unwrap_or(u32::MAX),
         }))
+    }
+
+    async fn evaluate_task(
+        &self,
+        request: Request<pb::EvaluateTaskRequest>,
+    ) -> Result<Response<Self::EvaluateTaskStream>, Status> {
+        let pb::EvaluateTaskRequest { session_id, task_index } = request.into_inner();
+        let session = self.session(&session_id)?;
+        let task_index = task_index as usize;
+        let (sink, items) = mpsc::channel(STREAM_QUEUE);
+        session.call(|accepted| Command::EvaluateTask { task_index, accepted, sink }).await?;
+        Ok(Response::new(SessionStream::new(items, session.end.clone())))
     }
 
     async fn checkpoint(

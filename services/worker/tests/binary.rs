@@ -75,6 +75,7 @@ fn help_names_every_flag_and_its_variable() {
         ("--data-host", "ESPALIER_DATA_HOST"),
         ("--id", "ESPALIER_WORKER_ID"),
         ("--device", "ESPALIER_DEVICE"),
+        ("--collectives", "ESPALIER_COLLECTIVES"),
         ("--threads", "ESPALIER_THREADS"),
         ("--root", "ESPALIER_ROOTS"),
         ("--insecure", "ESPALIER_INSECURE"),
@@ -94,9 +95,11 @@ fn what_cannot_work_ends_the_process_with_a_clear_message() {
     let folder = tempfile::tempdir().unwrap();
     let root = folder.path().display().to_string();
     let coordinator = ["--coordinator", "http://127.0.0.1:9", "--register-timeout-seconds", "1"];
-    let cases: [(&[&str], &str); 8] = [
+    let cases: [(&[&str], &str); 10] = [
         (&["--root", &root], "--coordinator"),
         (&["--root", &root, "--device", "tpu"], "tpu"),
+        (&["--root", &root, "--device", "cuda:999"], "CUDA"),
+        (&["--root", &root, "--collectives", "nccl"], "CUDA device"),
         (&["--root", &root, "--threads", "0"], "--threads"),
         (&["--root", &root, "--listen", "nowhere"], "--listen"),
         (&[], "--root"),

@@ -113,6 +113,7 @@ impl Cluster {
             data_host: None,
             id: id.to_owned(),
             device: "cpu".to_owned(),
+            device_memory_bytes: None,
             threads: 1,
             roots: RootArgs { roots: vec![self.root.path().to_owned(), fixtures()] },
             collective_timeout: Duration::from_secs(20),
@@ -182,7 +183,12 @@ impl Cluster {
                 steps: Some(8),
                 batch: Some(pb::Batch { window_tokens: Some(16), rows: Some(2), micro_batches: Some(1) }),
                 pruning: Some(pb::Pruning {
-                    ramp: Some(pb::Ramp { warmup: Some(0.1), cooldown: Some(0.2), every: Some(2) }),
+                    ramp: Some(pb::Ramp {
+                        warmup: Some(0.1),
+                        cooldown: Some(0.2),
+                        every: Some(2),
+                        shape: None,
+                    }),
                     ..Default::default()
                 }),
                 ..Default::default()
@@ -194,7 +200,7 @@ impl Cluster {
                 ..Default::default()
             }),
             export: Some(pb::ExportSpec { path: self.path(out), ..Default::default() }),
-            display_name: String::new(),
+            ..Default::default()
         }
     }
 

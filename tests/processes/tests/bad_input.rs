@@ -501,3 +501,70 @@ fn services_that_cannot_serve_say_why() {
         ),
     ]);
 }
+
+#[test]
+fn a_wrong_task_file_is_named_with_its_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let good = r#"{"query": "a", "choices": ["b", "c"], "gold": 0}"#;
+    let task = |name: &str, row: &str| {
+        let path = folder.path().join(format!("{name}.jsonl"));
+        fs::write(&path, format!("{good}\n{row}\n")).unwrap();
+        path
+    };
+    let eval = |path: &Path| {
+        Tool::espalier("eval --threads 1")
+            .flag("--model", fixture("models/stories260k"))
+            .flag("--tasks", path)
+    };
+    let empty = folder.path().join("empty.jsonl");
+    fs::write(&empty, "").unwrap();
+    judge(vec![
+        case(
+            "no right answer",
+            eval(&task("goldless", r#"{"query": "a", "choices": ["b", "c"]}"#)),
+            FAILED,
+            &["goldless.jsonl` line 2", "no field `gold`"],
+        ),
+        case(
+            "a right answer that is not there",
+            eval(&task("far", r#"{"query": "a", "choices": ["b", "c"], "gold": 2}"#)),
+            FAILED,
+            &["far.jsonl` line 2", "`gold` is 2", "0..2"],
+        ),
+        case(
+            "no choices",
+            eval(&task("bare", r#"{"query": "a", "choices": [], "gold": 0}"#)),
+            FAILED,
+            &["bare.jsonl` line 2", "`choices`", "at least 2"],
+        ),
+        case(
+            "no JSON",
+            eval(&task("prose", "Once upon a time")),
+            FAILED,
+            &["prose.jsonl` line 2", "not JSON"],
+        ),
+        case(
+            "a choice longer than the model's window",
+            eval(&task(
+                "long",
+                &format!(r#"{{"query": "a", "choices": ["b", "{}"], "gold": 0}}"#, "dog ".repeat(600)),
+            )),
+            FAILED,
+            &["long.jsonl` line 2", "512 positions"],
+        ),
+        case("an empty file", eval(&empty), WRONG, &["empty.jsonl", "is empty"]),
+        case("no file", eval(&folder.path().join("none.jsonl")), WRONG, &["none.jsonl"]),
+        case(
+            "neither text nor task",
+            Tool::espalier("eval").flag("--model", fixture("models/stories260k")),
+            WRONG,
+            &["--data"],
+        ),
+        case(
+            "log-likelihoods in a table",
+            eval(&task("fine", good)).args(["--log-likelihoods"]),
+            WRONG,
+            &["--json"],
+        ),
+    ]);
+}

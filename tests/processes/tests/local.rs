@@ -122,6 +122,67 @@ fn a_dry_run_tells_the_plan_and_leaves_nothing() {
 }
 
 #[test]
+fn tasks_are_answered_alike_on_one_worker_and_on_two_and_in_passes_of_any_size() {
+    let files = ["beginnings", "contexts", "questions"].map(|name| fixture(&format!("tasks/{name}.jsonl")));
+    let eval = |words: &str| -> Value {
+        let finished = Tool::espalier("eval --window 32,64 --json --log-likelihoods --threads 1")
+            .args(words.split_whitespace())
+            .flag("--model", fixture("models/stories260k"))
+            .flag("--data", fixture("text/held_out.txt"))
+            .flag("--tasks", &files[0])
+            .args(&files[1..])
+            .run(DEADLINE)
+            .expect_success();
+        serde_json::from_str(&finished.stdout).unwrap()
+    };
+    let one = eval("--workers 1");
+    let windows: Vec<u64> = one["evaluations"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter_map(|evaluation| evaluation["window_tokens"].as_u64())
+        .collect();
+    assert_eq!(windows, [32, 64], "several windows in one load");
+    let counts: Vec<u64> =
+        one["tasks"].as_array().unwrap().iter().filter_map(|task| task["count"].as_u64()).collect();
+    assert_eq!(counts, [4, 3, 4]);
+    let accuracies = |name: &str| -> Vec<f64> {
+        let of = |task: &Value| task[name].as_f64().or(task["accuracy"].as_f64());
+        one["tasks"].as_array().unwrap().iter().filter_map(of).collect()
+    };
+    for (mean, name) in [("mean_accuracy", "accuracy"), ("mean_normalized_accuracy", "normalized_accuracy")] {
+        let expected = accuracies(name).iter().sum::<f64>() / 3.0;
+        assert!((one[mean].as_f64().unwrap() - expected).abs() < 1e-12, "{mean}");
+    }
+    for words in ["--workers 2", "--workers 1 --pass-tokens 1", "--workers 4 --pass-tokens 300"] {
+        let other = eval(words);
+        for (one, other) in one["tasks"].as_array().unwrap().iter().zip(other["tasks"].as_array().unwrap()) {
+            for name in ["task", "count", "correct", "correct_normalized", "tokens"] {
+                assert_eq!(one[name], other[name], "{words}: {name}");
+            }
+            let sums = |task: &Value| task["log_likelihoods"].as_array().unwrap().clone();
+            for (one, other) in sums(one).iter().zip(sums(other)) {
+                let (one, other) = (one.as_f64().unwrap(), other.as_f64().unwrap());
+                assert!((one - other).abs() < 1e-4, "{words}: {one} {other}");
+            }
+        }
+    }
+}
+
+#[test]
+fn tasks_are_a_table_with_their_mean() {
+    let finished = Tool::espalier("eval --threads 1 --task-limit 2")
+        .flag("--model", fixture("models/stories260k"))
+        .flag("--tasks", fixture("tasks/beginnings.jsonl"))
+        .args([fixture("tasks/contexts.jsonl")])
+        .run(DEADLINE)
+        .expect_success();
+    for word in ["beginnings", "contexts", "by character", "±", "mean"] {
+        assert!(finished.stdout.contains(word), "no {word:?} in\n{}", finished.stdout);
+    }
+}
+
+#[test]
 fn eval_is_the_same_on_one_worker_and_on_two() {
     let eval = |workers: &str| -> Value {
         let finished = Tool::espalier("eval --window 64 --json --threads 1")

@@ -13,14 +13,14 @@ struct Outcome {
     removals: String,
 }
 
-fn prune(workers: &str, precision: &str, shape: &str, out: &Path) -> Outcome {
+fn prune(workers: &str, [compute, storage]: [&str; 2], shape: &str, out: &Path) -> Outcome {
     let _ = Tool::espalier(
         "prune --window-tokens 32 --rows 2 --lora-rank 4 --threads 1 --steps 20 --every 3 --dropout 0.1",
     )
     .flag("--model", fixture("models/gqa"))
     .flag("--data", fixture("text/tiny.txt"))
-    .flag("--compute", precision)
-    .flag("--storage", precision)
+    .flag("--compute", compute)
+    .flag("--storage", storage)
     .flag("--shape", shape)
     .flag("--workers", workers)
     .flag("--out", out)
@@ -37,11 +37,16 @@ fn prune(workers: &str, precision: &str, shape: &str, out: &Path) -> Outcome {
 #[test]
 fn one_two_and_three_worker_processes_compute_the_same_run() {
     let folder = tempfile::tempdir().unwrap();
-    for (precision, shape, bound) in
-        [("f64", "uniform", 1e-10), ("f32", "uniform", 1e-4), ("f64", "global", 1e-10)]
-    {
+    for (formats, shape, bound) in [
+        (["f64", "f64"], "uniform", 1e-10),
+        (["f32", "f32"], "uniform", 1e-4),
+        (["f64", "f64"], "global", 1e-10),
+        (["f32", "int8"], "uniform", 1e-4),
+        (["f64", "nf4"], "uniform", 1e-10),
+    ] {
+        let precision = formats.join("-");
         let run = |workers: &str| {
-            prune(workers, precision, shape, &folder.path().join(format!("{precision}-{shape}-{workers}")))
+            prune(workers, formats, shape, &folder.path().join(format!("{precision}-{shape}-{workers}")))
         };
         let one = run("1");
         assert_eq!(one.losses.len(), 20);

@@ -1,13 +1,28 @@
-//! The fused kernels of `shim/kernels.cpp`: one pass over memory each, spread over libtorch's threads.
+//! The fused kernels: one pass over memory each. On a CPU those of `shim/kernels.cpp`, spread over libtorch's threads; on a
+//! CUDA device those of `cuda/kernels.cu`.
 
+use super::{on_cuda, plain};
+use crate::cuda::compiler::{Kernels, elementwise};
 use crate::fault::{Fault, Result};
 use crate::ffi::{self, raw};
 use std::ffi::c_char;
+use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
 
 /// Whether the kernels know this tensor's device and format.
 pub(crate) fn takes(x: &Tensor) -> bool {
-    x.device() == Device::Cpu && matches!(x.kind(), Kind::Float | Kind::Double)
+    match x.device() {
+        Device::Cpu => matches!(x.kind(), Kind::Float | Kind::Double),
+        Device::Cuda(_) => {
+            matches!(x.kind(), Kind::Float | Kind::BFloat16) && elementwise(x.device()).is_some()
+        }
+        Device::Mps | Device::Vulkan => false,
+    }
+}
+
+/// The kernels of a tensor on a CUDA device.
+fn on_device(x: &Tensor) -> Option<Arc<Kernels>> {
+    elementwise(x.device())
 }
 
 fn done(message: *mut c_char) -> Result<()> {
@@ -23,6 +38,9 @@ fn new(like: &Tensor, rows: i64, columns: i64) -> Result<Tensor> {
 // and answers with an error text instead of reading what is not there.
 
 pub(crate) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
+    if let Some(on) = on_device(x) {
+        return on_cuda::rms_norm(on.as_ref(), x, weight, eps);
+    }
     let (rows, width) = x.size2()?;
     let (rstd, y) = (new(x, rows, 1)?, new(x, rows, width)?);
     // SAFETY: see above.
@@ -31,6 +49,9 @@ pub(crate) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<(Tensor,
 }
 
 pub(crate) fn rms_norm_apply(x: &Tensor, rstd: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    if let Some(on) = on_device(x) {
+        return on_cuda::rms_norm_apply(on.as_ref(), x, rstd, weight);
+    }
     let (rows, width) = x.size2()?;
     let y = new(x, rows, width)?;
     // SAFETY: see above.
@@ -45,11 +66,17 @@ pub(crate) fn rms_norm_backward_add(
     rstd: &Tensor,
     weight: &Tensor,
 ) -> Result<()> {
+    if let Some(on) = on_device(x) {
+        return on_cuda::rms_norm_backward_add(on.as_ref(), grad_x, grad_y, x, rstd, weight);
+    }
     // SAFETY: see above.
     done(unsafe { ffi::esp_rms_norm_backward_add(raw(grad_x), raw(grad_y), raw(x), raw(rstd), raw(weight)) })
 }
 
 pub(crate) fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor, sign: f64, heads: i64) -> Result<Tensor> {
+    if let Some(on) = on_device(x) {
+        return on_cuda::rotate(on.as_ref(), x, cos, sin, sign, heads);
+    }
     let (rows, width) = x.size2()?;
     let y = new(x, rows, width)?;
     // SAFETY: see above.
@@ -57,7 +84,16 @@ pub(crate) fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor, sign: f64, heads: i
     Ok(y)
 }
 
+/// On a CPU.
+pub(crate) fn rotate_in_place(x: &Tensor, cos: &Tensor, sin: &Tensor, sign: f64, heads: i64) -> Result<()> {
+    // SAFETY: see above; every pair is read before it is written.
+    done(unsafe { ffi::esp_rotate(raw(x), raw(x), raw(cos), raw(sin), sign, heads) })
+}
+
 pub(crate) fn swiglu(gate_up: &Tensor) -> Result<Tensor> {
+    if let Some(on) = on_device(gate_up) {
+        return on_cuda::swiglu(on.as_ref(), gate_up);
+    }
     let (rows, width) = gate_up.size2()?;
     let act = new(gate_up, rows, width / 2)?;
     // SAFETY: see above.
@@ -66,6 +102,9 @@ pub(crate) fn swiglu(gate_up: &Tensor) -> Result<Tensor> {
 }
 
 pub(crate) fn swiglu_backward(grad_act: &Tensor, gate_up: &Tensor) -> Result<Tensor> {
+    if let Some(on) = on_device(gate_up) {
+        return on_cuda::swiglu_backward(on.as_ref(), grad_act, gate_up);
+    }
     let (rows, width) = gate_up.size2()?;
     let grad = new(gate_up, rows, width)?;
     // SAFETY: see above.
@@ -74,6 +113,9 @@ pub(crate) fn swiglu_backward(grad_act: &Tensor, gate_up: &Tensor) -> Result<Ten
 }
 
 pub(crate) fn row_max(x: &Tensor) -> Result<Tensor> {
+    if x.device().is_cuda() {
+        return Ok(x.f_amax([1i64], true)?);
+    }
     let highest = new(x, x.size()[0], 1)?;
     // SAFETY: see above.
     done(unsafe { ffi::esp_row_max(raw(x), raw(&highest)) })?;
@@ -81,6 +123,9 @@ pub(crate) fn row_max(x: &Tensor) -> Result<Tensor> {
 }
 
 pub(crate) fn exp_sum(x: &mut Tensor, highest: &Tensor) -> Result<Tensor> {
+    if x.device().is_cuda() {
+        return plain::exp_sum(x, highest);
+    }
     let sum = new(x, x.size()[0], 1)?;
     // SAFETY: see above.
     done(unsafe { ffi::esp_exp_sum(raw(x), raw(highest), raw(&sum)) })?;
@@ -88,6 +133,9 @@ pub(crate) fn exp_sum(x: &mut Tensor, highest: &Tensor) -> Result<Tensor> {
 }
 
 pub(crate) fn scale_rows(x: &mut Tensor, sum: &Tensor, scale: f64) -> Result<()> {
+    if x.device().is_cuda() {
+        return plain::scale_rows(x, sum, scale);
+    }
     // SAFETY: see above.
     done(unsafe { ffi::esp_scale_rows(raw(x), raw(sum), scale) })
 }
@@ -101,6 +149,9 @@ pub(crate) fn dropout(
     threshold: u64,
     scale: f64,
 ) -> Result<Tensor> {
+    if let Some(on) = on_device(x) {
+        return on_cuda::dropout(on.as_ref(), x, features, key, first_token, threshold, scale);
+    }
     let (rows, width) = x.size2()?;
     let y = new(x, rows, width)?;
     // SAFETY: see above.

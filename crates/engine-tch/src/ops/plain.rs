@@ -2,18 +2,24 @@
 //! and formats that those do not know.
 
 use crate::fault::Result;
-use tch::Tensor;
+use tch::{Kind, Tensor};
+
+/// 16-bit numbers are reduced in f32.
+fn wide(x: &Tensor) -> Result<Tensor> {
+    let narrow = matches!(x.kind(), Kind::BFloat16 | Kind::Half);
+    Ok(if narrow { x.f_to_kind(Kind::Float)? } else { x.shallow_clone() })
+}
 
 /// `rstd` `[n, 1]` and `y`.
 pub(crate) fn rms_norm(x_nd: &Tensor, weight_d: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
-    let mean_square = x_nd.f_square()?.f_mean_dim(&[-1i64][..], true, None)?;
+    let mean_square = wide(x_nd)?.f_square()?.f_mean_dim(&[-1i64][..], true, None)?;
     let rstd = mean_square.f_add_scalar(eps)?.f_rsqrt()?;
     let y = rms_norm_apply(x_nd, &rstd, weight_d)?;
     Ok((rstd, y))
 }
 
 pub(crate) fn rms_norm_apply(x_nd: &Tensor, rstd_n1: &Tensor, weight_d: &Tensor) -> Result<Tensor> {
-    Ok(x_nd.f_mul(rstd_n1)?.f_mul_(weight_d)?)
+    Ok(x_nd.f_mul(rstd_n1)?.f_mul_(weight_d)?.f_to_kind(x_nd.kind())?)
 }
 
 pub(crate) fn rms_norm_backward_add(
@@ -23,7 +29,7 @@ pub(crate) fn rms_norm_backward_add(
     rstd_n1: &Tensor,
     weight_d: &Tensor,
 ) -> Result<()> {
-    let scaled = grad_y_nd.f_mul(weight_d)?;
+    let scaled = wide(grad_y_nd)?.f_mul(weight_d)?;
     let normal = x_nd.f_mul(rstd_n1)?;
     let along = scaled.f_mul(&normal)?.f_mean_dim(&[-1i64][..], true, None)?;
     let grad = scaled.f_sub(&normal.f_mul(&along)?)?.f_mul_(rstd_n1)?;
@@ -66,4 +72,42 @@ pub(crate) fn exp_sum(logits: &mut Tensor, highest: &Tensor) -> Result<Tensor> {
 pub(crate) fn scale_rows(values: &mut Tensor, sum: &Tensor, scale: f64) -> Result<()> {
     let _ = values.f_div_(sum)?.f_mul_scalar_(scale)?;
     Ok(())
+}
+
+/// Causal attention of `[b, h, t, k]` tensors and the rows' log-sum-exp `[b, h, t, 1]`, in f32 or wider.
+pub(crate) fn attention(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+    let scores = causal_scores(q, k)?;
+    let log_sum_exp = scores.f_logsumexp(&[-1i64][..], true)?;
+    let probabilities = scores.f_sub(&log_sum_exp)?.f_exp()?;
+    Ok((probabilities.f_matmul(&wide(v)?)?.f_to_kind(q.kind())?, log_sum_exp))
+}
+
+/// ```text
+/// P = exp(S - lse)   dV = P^T dO   dP = dO V^T   dS = P (dP - rowsum(dO O))   dQ = dS K / sqrt(k)   dK = dS^T Q / sqrt(k)
+/// ```
+pub(crate) fn attention_backward(
+    grad_out: &Tensor,
+    [q, k, v]: [&Tensor; 3],
+    out: &Tensor,
+    log_sum_exp: &Tensor,
+) -> Result<(Tensor, Tensor, Tensor)> {
+    let scale = 1.0 / (q.size()[3] as f64).sqrt();
+    let probabilities = causal_scores(q, k)?.f_sub_(log_sum_exp)?.f_exp_()?;
+    let (grad, kind) = (wide(grad_out)?, q.kind());
+    let grad_v = probabilities.f_transpose(2, 3)?.f_matmul(&grad)?;
+    let along = grad.f_mul(&wide(out)?)?.f_sum_dim_intlist(&[-1i64][..], true, None)?;
+    let grad_probabilities = grad.f_matmul(&wide(v)?.f_transpose(2, 3)?)?;
+    let grad_scores = grad_probabilities.f_sub(&along)?.f_mul_(&probabilities)?.f_mul_scalar_(scale)?;
+    let grad_q = grad_scores.f_matmul(&wide(k)?)?;
+    let grad_k = grad_scores.f_transpose(2, 3)?.f_matmul(&wide(q)?)?;
+    Ok((grad_q.f_to_kind(kind)?, grad_k.f_to_kind(kind)?, grad_v.f_to_kind(kind)?))
+}
+
+/// `q k^T / sqrt(k)` with later tokens at minus infinity.
+fn causal_scores(q: &Tensor, k: &Tensor) -> Result<Tensor> {
+    let (tokens, width) = (q.size()[2], q.size()[3]);
+    let mut scores = wide(q)?.f_matmul(&wide(k)?.f_transpose(2, 3)?)?;
+    let _ = scores.f_mul_scalar_(1.0 / (width as f64).sqrt())?;
+    let later = Tensor::f_ones([tokens, tokens], (Kind::Bool, q.device()))?.f_triu(1)?;
+    Ok(scores.f_masked_fill_(&later, f64::NEG_INFINITY)?)
 }

@@ -7,13 +7,13 @@ use recipe::{Recipe, Shrink};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
-struct Golden {
+pub(super) struct Golden {
     bytes: Vec<u8>,
     json: Value,
 }
 
 impl Golden {
-    fn read(name: &str) -> Self {
+    pub(super) fn read(name: &str) -> Self {
         let folder = fixtures().join("goldens");
         let json = std::fs::read(folder.join(format!("run_{name}.json"))).unwrap();
         Self {
@@ -22,7 +22,7 @@ impl Golden {
         }
     }
 
-    fn values(&self, name: &str) -> Vec<f64> {
+    pub(super) fn values(&self, name: &str) -> Vec<f64> {
         let file = SafeTensors::deserialize(&self.bytes).unwrap();
         let tensor = file.tensor(name).unwrap_or_else(|error| panic!("{name}: {error}"));
         let data = tensor.data();
@@ -38,7 +38,7 @@ impl Golden {
         }
     }
 
-    fn batches(&self) -> Vec<Vec<Vec<Vec<u32>>>> {
+    pub(super) fn batches(&self) -> Vec<Vec<Vec<Vec<u32>>>> {
         let file = SafeTensors::deserialize(&self.bytes).unwrap();
         let shape = file.tensor("batch.input_ids").unwrap().shape().to_vec();
         let ids: Vec<u32> = self.values("batch.input_ids").iter().map(|id| *id as u32).collect();
@@ -51,13 +51,13 @@ impl Golden {
             .collect()
     }
 
-    fn recipe(&self, shrink: Shrink) -> Recipe {
+    pub(super) fn recipe(&self, shrink: Shrink) -> Recipe {
         let mut recipe: Recipe = serde_json::from_value(self.json["recipe"].clone()).unwrap();
         recipe.pruning.as_mut().unwrap().shrink = shrink;
         recipe
     }
 
-    fn model(&self) -> &str {
+    pub(super) fn model(&self) -> &str {
         self.json["model"].as_str().unwrap()
     }
 
@@ -79,7 +79,7 @@ fn relative(actual: &[f64], expected: &[f64]) -> f64 {
     actual.iter().zip(expected).fold(0.0, |worst: f64, (a, e)| worst.max((a - e).abs() / scale))
 }
 
-fn assert_close(what: &str, actual: &[f64], expected: &[f64], bound: f64) {
+pub(super) fn assert_close(what: &str, actual: &[f64], expected: &[f64], bound: f64) {
     let difference = relative(actual, expected);
     assert!(difference <= bound, "{what}: relative difference {difference:.3e} exceeds {bound:.0e}");
 }

@@ -1,8 +1,13 @@
 //! Gradients of every LoRA factor through the whole model, and the score pass, against autograd and plain formulas.
 
 use super::group::{fixtures, set_factors, spec_of};
+use crate::communicator::Alone;
+use crate::dropout::Dropout;
 use crate::factors::Factor;
 use crate::importance::to_f64;
+use crate::layer::Narrowing;
+use crate::model::Adapters;
+use crate::observed::Observed;
 use crate::shard::Shard;
 use engine::{ShardEngine, ShardSetup};
 use model_spec::{ModelSpec, Projection};
@@ -212,6 +217,7 @@ fn the_score_pass_is_the_plain_formula_for_every_criterion() {
         Criterion::LoraPrune { form: LoraPruneForm::Paper },
         Criterion::Magnitude,
         Criterion::Taylor,
+        Criterion::Wanda,
     ] {
         let spec = spec_of("gqa");
         let rows = rows(&spec);
@@ -255,6 +261,10 @@ fn the_score_pass_is_the_plain_formula_for_every_criterion() {
                 }
                 Criterion::Taylor => criterion::taylor_sums(&adapted, g.as_ref().unwrap()),
                 Criterion::Magnitude | Criterion::Random => criterion::magnitude_sums(&adapted),
+                Criterion::Wanda => criterion::wanda_sums(
+                    &adapted,
+                    &input_squares(&mut ours, layer, projection, &rows, input),
+                ),
             };
             let expected = criterion::unit_sums(&sums.unwrap(), projection, spec.head_dim);
             assert_eq!(expected.len(), scores.values.len());
@@ -266,8 +276,51 @@ fn the_score_pass_is_the_plain_formula_for_every_criterion() {
     }
 }
 
+/// Sums of the squares of a projection's inputs over all tokens, from a forward pass of their own; zeros for the projections
+/// whose inputs no decision removes.
+fn input_squares(
+    shard: &mut Shard,
+    layer: usize,
+    projection: Projection,
+    rows: &[Vec<u32>],
+    inputs: usize,
+) -> Vec<f64> {
+    let which = match projection {
+        Projection::O => Narrowing::O,
+        Projection::Down => Narrowing::Down,
+        Projection::Q | Projection::K | Projection::V | Projection::Gate | Projection::Up => {
+            return vec![0.0; inputs];
+        }
+    };
+    let inputs = inputs_of_layer(shard, layer, which, rows);
+    to_f64(&(&inputs * &inputs).sum_dim_intlist(&[0i64][..], false, Kind::Double)).unwrap()
+}
+
+fn inputs_of_layer(shard: &mut Shard, layer: usize, which: Narrowing, rows: &[Vec<u32>]) -> Tensor {
+    let windows: Vec<&[u32]> = rows.iter().map(Vec::as_slice).collect();
+    let (rows, mut x) = shard.model.embed(&windows, &mut Alone).unwrap();
+    let adapters = Adapters {
+        layout: &shard.layout,
+        factors: &shard.factors,
+        lora_rank: RANK,
+        scaling: 6.0 / RANK as f64,
+        dropout: Dropout::off(),
+    };
+    let pass = shard.model.pass(&rows, &adapters, 0).unwrap();
+    for (index, held) in shard.model.layers.iter().enumerate() {
+        for each in Narrowing::BOTH {
+            let inputs = held.inputs_of(index, each, &x, &pass).unwrap();
+            if (index, each) == (layer, which) {
+                return inputs;
+            }
+            x += held.output_of(index, each, &inputs, &pass, &mut Alone).unwrap();
+        }
+    }
+    panic!("the model has no layer {layer}")
+}
+
 fn weight_gradient(shard: &Shard, layer: usize, projection: Projection) -> Option<Vec<f64>> {
-    let gradients = &shard.weight_gradients.as_ref()?[layer];
+    let Observed::WeightGradients(gradients) = &shard.observed.as_ref()?[layer] else { return None };
     let held = &shard.model.layers[layer];
     let k = shard.source.spec().head_dim as i64;
     let (query, key) = (held.query_heads * k, held.kv_heads * k);

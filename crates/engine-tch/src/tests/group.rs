@@ -90,6 +90,7 @@ pub(crate) fn run(inputs: &RunInputs) -> RunRecord {
             joins.push(join);
             let (meet, spec, initial) = (meet.clone(), spec.clone(), initial.clone());
             let (model, recipe, batches) = (inputs.model, inputs.recipe.clone(), inputs.batches);
+            let calibration = batches[0].concat();
             scope.spawn(move || {
                 let setup = ShardSetup {
                     model: fixtures().join("models").join(model),
@@ -110,6 +111,11 @@ pub(crate) fn run(inputs: &RunInputs) -> RunRecord {
                     let rendezvous = rank_join.recv().unwrap();
                     shard.join_group(&rendezvous, "127.0.0.1").unwrap();
                 }
+                if shard.setup.recipe.distillation.is_some() {
+                    for rows in batches.iter().flatten() {
+                        shard.teach(&rows_of(rows)).unwrap();
+                    }
+                }
                 for order in rank_orders {
                     let answer = match order {
                         Order::Step(step) => {
@@ -119,9 +125,12 @@ pub(crate) fn run(inputs: &RunInputs) -> RunRecord {
                                 .collect();
                             Answer::Step(shard.train_step(step, &micro).unwrap())
                         }
-                        Order::Apply(generation, mask) => {
-                            Answer::Applied(shard.apply_mask(generation, &mask).unwrap().received_groups)
-                        }
+                        Order::Apply(generation, mask) => Answer::Applied(
+                            shard
+                                .apply_mask(generation, &mask, &rows_of(&calibration))
+                                .unwrap()
+                                .received_groups,
+                        ),
                         Order::Finish => finish(&mut shard),
                     };
                     rank_answers.send(answer).unwrap();
@@ -138,6 +147,10 @@ pub(crate) fn run(inputs: &RunInputs) -> RunRecord {
         orders.clear();
         record
     })
+}
+
+fn rows_of(rows: &[Vec<u32>]) -> Vec<&[u32]> {
+    rows.iter().map(Vec::as_slice).collect()
 }
 
 fn drive(

@@ -11,7 +11,7 @@ use tch::{Device, Kind, Tensor};
 
 const F64: (Kind, Device) = (Kind::Double, Device::Cpu);
 
-fn random(shape: &[i64], seed: i64) -> Tensor {
+pub(super) fn random(shape: &[i64], seed: i64) -> Tensor {
     // Values that depend on the seed alone, whatever other tests draw.
     let count: i64 = shape.iter().product();
     let x = (Tensor::arange(count, F64) * 12.9898 + seed as f64 * 78.233).sin() * 43_758.545_312_3;
@@ -19,7 +19,7 @@ fn random(shape: &[i64], seed: i64) -> Tensor {
 }
 
 /// Gradients of `sum(f(inputs) * weights)` by autograd.
-fn autograd(inputs: &[&Tensor], weights: &Tensor, f: &dyn Fn(&[Tensor]) -> Tensor) -> Vec<Tensor> {
+pub(super) fn autograd(inputs: &[&Tensor], weights: &Tensor, f: &dyn Fn(&[Tensor]) -> Tensor) -> Vec<Tensor> {
     let leaves: Vec<Tensor> =
         inputs.iter().map(|input| input.detach().copy().set_requires_grad(true)).collect();
     let out = f(&leaves);
@@ -27,7 +27,7 @@ fn autograd(inputs: &[&Tensor], weights: &Tensor, f: &dyn Fn(&[Tensor]) -> Tenso
 }
 
 /// The same by central differences, for a sample of the elements; compares with `gradient`.
-fn assert_central_differences(
+pub(super) fn assert_central_differences(
     inputs: &[&Tensor],
     which: usize,
     weights: &Tensor,
@@ -54,7 +54,7 @@ fn assert_central_differences(
     }
 }
 
-fn assert_same(what: &str, actual: &Tensor, expected: &Tensor, bound: f64) {
+pub(super) fn assert_same(what: &str, actual: &Tensor, expected: &Tensor, bound: f64) {
     assert_eq!(actual.size(), expected.size(), "{what}");
     let scale = expected.abs().max().double_value(&[]).max(1e-12);
     let difference = (actual - expected).abs().max().double_value(&[]) / scale;
@@ -195,7 +195,8 @@ fn chunked_cross_entropy_is_the_plain_one() {
     // All positions at once, four at a time with a shorter rest, and one at a time.
     for chunk_elements in [1 << 20, 4 * 19, 1] {
         let head = VocabularyHead { weight: &weight, rows: 0..19, chunk_elements };
-        let (nll, grad) = head.negative_log_likelihood(&hidden, &targets, Some(0.25), &mut Alone).unwrap();
+        let (nll, grad) =
+            head.negative_log_likelihood(&hidden, &targets, None, Some(0.25), &mut Alone).unwrap();
         assert!((nll - plain(&[hidden.copy()]).double_value(&[])).abs() < 1e-10);
         let grad = grad.unwrap();
         assert_same("dx", &grad, &autograd(&[&hidden], &scale, &plain)[0], 1e-10);

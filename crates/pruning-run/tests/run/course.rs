@@ -3,8 +3,8 @@
 use crate::world::{NOW, World, model, options, recipe, report, run_to_end, setup, shaped};
 use model_spec::Projection;
 use pruning_run::{
-    Effect, Event, Fault, Generation, RankReport, Refusal, Run, RunOptions, RunSetup, RunState, WorkerId,
-    transition,
+    Effect, Event, Fault, Generation, RankReport, Refusal, Run, RunOptions, RunSetup, RunState, TaskScore,
+    WorkerId, transition,
 };
 use recipe::{Budget, Criterion, Pruning, Recipe, Shape, Shrink};
 use std::time::Duration;
@@ -48,14 +48,21 @@ fn decisions_do_not_depend_on_the_number_of_ranks_the_order_of_arrival_or_the_si
 
 #[test]
 fn what_is_not_asked_for_does_not_happen() {
-    let none = RunOptions { evaluates: false, exports: false, ..options() };
+    let none = RunOptions { windows: 0, exports: false, ..options() };
     let tuning = Recipe { pruning: None, ..recipe() };
     let looking = Recipe { steps: 0, pruning: None, ..recipe() };
     for (recipe, options, evaluations, last) in [
         (recipe(), none, vec![], "of 3352 parameters stay"),
         (tuning.clone(), options(), vec!["dense", "tuned"], "3352 parameters; written to /out"),
-        (tuning, RunOptions { evaluates: true, ..none }, vec!["dense", "tuned"], "3352 parameters"),
-        (looking.clone(), RunOptions { evaluates: true, ..none }, vec!["dense"], "3352 parameters"),
+        (tuning, RunOptions { windows: 1, ..none }, vec!["dense", "tuned"], "3352 parameters"),
+        (looking.clone(), RunOptions { windows: 1, ..none }, vec!["dense"], "3352 parameters"),
+        (
+            looking.clone(),
+            RunOptions { windows: 2, tasks: 2, ..none },
+            vec!["dense", "dense", "dense task-0", "dense task-1"],
+            "3352 parameters",
+        ),
+        (looking.clone(), RunOptions { tasks: 1, ..none }, vec!["dense task-0"], "3352 parameters"),
         (looking, options(), vec!["dense"], "3352 parameters; written to /out"),
     ] {
         let steps = recipe.steps;
@@ -237,6 +244,28 @@ fn ranks_that_disagree_fail_the_run() {
             measured.outboxes[1].front_mut()
         {
             (*negative_log_likelihood, *predicted_tokens) = (nats, tokens);
+        }
+        measured.settle();
+        assert!(measured.last_message().contains(expected), "{}", measured.last_message());
+    }
+}
+
+#[test]
+fn ranks_that_disagree_on_a_task_fail_the_run() {
+    let setup = setup(recipe(), 2, RunOptions { windows: 0, tasks: 1, ..options() });
+    for (change, expected) in [
+        ((|score| score.count += 1) as fn(&mut TaskScore), "ranks diverged"),
+        (|score| score.log_likelihood -= 0.1, "ranks diverged"),
+        (|score| score.task = "other".into(), "ranks diverged"),
+        (|score| score.log_likelihood = f64::NAN, "cannot be measured"),
+        (|score| score.correct = 9, "cannot be measured"),
+    ] {
+        let mut measured = World::new(&setup, 4);
+        while !matches!(measured.outboxes[1].front(), Some(Event::TaskEvaluated { .. })) {
+            measured.step(0);
+        }
+        if let Some(Event::TaskEvaluated { score, .. }) = measured.outboxes[1].front_mut() {
+            change(score);
         }
         measured.settle();
         assert!(measured.last_message().contains(expected), "{}", measured.last_message());

@@ -1,10 +1,12 @@
 //! Laws that hold for any order of events.
 
-use crate::world::{NOW, World, options, recipe, report, run_to_end, setup};
+use crate::world::{NOW, World, options, recipe, report, run_to_end, setup, task_score};
 use model_spec::Projection;
 use proptest::collection::vec;
 use proptest::prelude::*;
-use pruning_run::{Event, Fault, Generation, RankReport, Run, RunState, ShardFile, WorkerId, transition};
+use pruning_run::{
+    Event, Fault, Generation, RankReport, Run, RunOptions, RunState, ShardFile, WorkerId, transition,
+};
 use std::time::Duration;
 
 /// Any event at all, most of them out of place.
@@ -57,8 +59,16 @@ fn any_event() -> impl Strategy<Value = Event> {
             .prop_map(|(tp_rank, generation)| Event::MaskApplied { tp_rank, generation }),
         (rank.clone(), number, 0u64..3).prop_map(|(tp_rank, nats, predicted_tokens)| Event::Evaluated {
             tp_rank,
+            window_index: 0,
             negative_log_likelihood: nats,
             predicted_tokens,
+            window_tokens: 64,
+            duration: Duration::ZERO,
+        }),
+        (rank.clone(), 0usize..2).prop_map(|(tp_rank, task_index)| Event::TaskEvaluated {
+            tp_rank,
+            task_index,
+            score: task_score("t"),
             duration: Duration::ZERO,
         }),
         rank.clone().prop_map(|tp_rank| Event::Checkpointed {
@@ -85,6 +95,7 @@ fn may_be_repeated(event: &Event) -> bool {
             | Event::Loaded { .. }
             | Event::Joined { .. }
             | Event::Evaluated { .. }
+            | Event::TaskEvaluated { .. }
             | Event::Checkpointed { .. }
     )
 }
@@ -99,8 +110,9 @@ proptest! {
         order in vec(0usize..5, 1..40),
         repeats in vec(any::<bool>(), 1..20),
     ) {
-        let expected = run_to_end(&setup(recipe(), 1, options()), 100, &[]).decisions();
-        let mut world = World::new(&setup(recipe(), tp_degree, options()), chunk);
+        let options = RunOptions { windows: 2, tasks: 2, ..options() };
+        let expected = run_to_end(&setup(recipe(), 1, options), 100, &[]);
+        let mut world = World::new(&setup(recipe(), tp_degree, options), chunk);
         let mut turn = 0;
         while world.step(order[turn % order.len()] % tp_degree) {
             let last = world.delivered.last().cloned();
@@ -112,7 +124,8 @@ proptest! {
             turn += 1;
         }
         prop_assert_eq!(world.run.state(), RunState::Succeeded, "{}", world.last_message());
-        prop_assert_eq!(world.decisions(), expected);
+        prop_assert_eq!(world.decisions(), expected.decisions());
+        prop_assert_eq!(world.evaluations(), expected.evaluations());
     }
 
     #[test]

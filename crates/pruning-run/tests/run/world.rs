@@ -3,8 +3,8 @@
 use model_spec::{Family, LayerSpec, ModelSpec, Projection, Rope, RopeScaling};
 use pruning::KeepMask;
 use pruning_run::{
-    Decision, Effect, Event, ExportResult, Generation, RankReport, Run, RunEvent, RunEventKind, RunOptions,
-    RunSetup, RunState, ShardFile, WorkerId, transition,
+    Decision, Effect, Event, ExportResult, Generation, Measurement, RankReport, Run, RunEvent, RunEventKind,
+    RunOptions, RunSetup, RunState, ShardFile, TaskScore, WorkerId, transition,
 };
 use recipe::{Pruning, Ramp, Recipe, Shape, Shrink};
 use sharding::Placement;
@@ -31,12 +31,25 @@ pub(crate) fn model() -> ModelSpec {
 
 /// Ten steps with decisions after steps 2, 4, 6 and 8.
 pub(crate) fn recipe() -> Recipe {
-    let ramp = Ramp { warmup: 0.1, cooldown: 0.2, every: 2 };
+    let ramp = Ramp { warmup: 0.1, cooldown: 0.2, every: 2, ..Ramp::default() };
     Recipe { steps: 10, pruning: Some(Pruning { ramp, ..Pruning::default() }), ..Recipe::default() }
 }
 
+/// Two of four rows right.
+pub(crate) fn task_score(task: &str) -> TaskScore {
+    TaskScore {
+        task: task.into(),
+        count: 4,
+        correct: 2,
+        correct_normalized: None,
+        log_likelihood: -30.0,
+        tokens: 90,
+        log_likelihoods: Vec::new(),
+    }
+}
+
 pub(crate) fn options() -> RunOptions {
-    RunOptions { evaluates: true, exports: true, blame_grace: Duration::from_secs(5) }
+    RunOptions { windows: 1, tasks: 0, exports: true, blame_grace: Duration::from_secs(5) }
 }
 
 pub(crate) fn setup(recipe: Recipe, tp_degree: usize, options: RunOptions) -> Arc<RunSetup> {
@@ -124,6 +137,7 @@ impl World {
             RunEventKind::StateChange { .. }
             | RunEventKind::Step(_)
             | RunEventKind::Evaluation(_)
+            | RunEventKind::Task(_)
             | RunEventKind::Export(_) => None,
         };
         self.log.iter().filter_map(decision).collect()
@@ -132,6 +146,7 @@ impl World {
     pub(crate) fn evaluations(&self) -> Vec<(String, u64)> {
         let evaluation = |event: &RunEvent| match &event.kind {
             RunEventKind::Evaluation(evaluation) => Some((evaluation.label.clone(), evaluation.step)),
+            RunEventKind::Task(task) => Some((format!("{} {}", task.label, task.score.task), task.step)),
             RunEventKind::StateChange { .. }
             | RunEventKind::Step(_)
             | RunEventKind::Decision(_)
@@ -146,6 +161,7 @@ impl World {
             RunEventKind::Step(_)
             | RunEventKind::Decision(_)
             | RunEventKind::Evaluation(_)
+            | RunEventKind::Task(_)
             | RunEventKind::Export(_) => None,
         };
         self.log.iter().filter_map(change).collect()
@@ -167,10 +183,18 @@ impl World {
                     assert_eq!(rendezvous, b"here");
                     self.all(|tp_rank| Event::Joined { tp_rank });
                 }
-                Effect::Evaluate => self.all(|tp_rank| Event::Evaluated {
+                Effect::Evaluate(Measurement::Window { index }) => self.all(|tp_rank| Event::Evaluated {
                     tp_rank,
+                    window_index: index,
                     negative_log_likelihood: 20.0,
                     predicted_tokens: 10,
+                    window_tokens: 64,
+                    duration: Duration::from_secs(1),
+                }),
+                Effect::Evaluate(Measurement::Task { index }) => self.all(|tp_rank| Event::TaskEvaluated {
+                    tp_rank,
+                    task_index: index,
+                    score: task_score(&format!("task-{index}")),
                     duration: Duration::from_secs(1),
                 }),
                 Effect::Train { first_step, end_step, generation } => {

@@ -65,6 +65,22 @@ type FieldSink<'a> = dyn FnMut(Value, u64) -> Result<ControlFlow<()>, DataError>
 
 /// Hands the field of every object to `each`, with the number of its line.
 fn for_each_field(path: &Path, file: File, field: &str, each: &mut FieldSink<'_>) -> Result<(), DataError> {
+    for_each_object(path, file, &mut |mut object, line| {
+        let value = object.remove(field).ok_or_else(|| DataError::MissingField {
+            path: path.to_owned(),
+            line,
+            field: field.to_owned(),
+            present: field_names(&object),
+        })?;
+        each(value, line)
+    })
+}
+
+pub(crate) type ObjectSink<'a> =
+    dyn FnMut(Map<String, Value>, u64) -> Result<ControlFlow<()>, DataError> + 'a;
+
+/// Hands every object to `each`, with the number of its line. Blank lines are left out.
+pub(crate) fn for_each_object(path: &Path, file: File, each: &mut ObjectSink<'_>) -> Result<(), DataError> {
     let mut reader = BufReader::new(file);
     let mut bytes = Vec::new();
     let (mut line, mut line_offset) = (0, 0);
@@ -96,14 +112,7 @@ fn for_each_field(path: &Path, file: File, field: &str, each: &mut FieldSink<'_>
         if text.trim().is_empty() {
             continue;
         }
-        let mut object = parse_object(path, line, text)?;
-        let value = object.remove(field).ok_or_else(|| DataError::MissingField {
-            path: path.to_owned(),
-            line,
-            field: field.to_owned(),
-            present: field_names(&object),
-        })?;
-        if each(value, line)?.is_break() {
+        if each(parse_object(path, line, text)?, line)?.is_break() {
             return Ok(());
         }
     }
@@ -129,7 +138,7 @@ fn parse_object(path: &Path, line: u64, text: &str) -> Result<Map<String, Value>
     }
 }
 
-fn field_names(object: &Map<String, Value>) -> String {
+pub(crate) fn field_names(object: &Map<String, Value>) -> String {
     if object.is_empty() {
         return "none".to_owned();
     }
@@ -140,7 +149,13 @@ fn field_names(object: &Map<String, Value>) -> String {
     names.join(", ")
 }
 
-fn wrong_type(path: &Path, line: u64, field: &str, expected: &'static str, found: &Value) -> DataError {
+pub(crate) fn wrong_type(
+    path: &Path,
+    line: u64,
+    field: &str,
+    expected: &'static str,
+    found: &Value,
+) -> DataError {
     DataError::WrongFieldType {
         path: path.to_owned(),
         line,

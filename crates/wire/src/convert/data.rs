@@ -1,11 +1,12 @@
-//! `TextSource` and `EvaluationSpec`.
+//! `TextSource`, `EvaluationSpec` and `TaskSpec`.
 
 use super::{below, bounded_list, bounded_text, count_field, enum_field, required_text};
 use crate::fields::Violations;
-use crate::{EvaluationMode, EvaluationSpec, TextFormat, TextSource, limits, pb};
+use crate::{EvaluationMode, EvaluationSpec, TaskSpec, TextFormat, TextSource, limits, pb};
 
 const DEFAULT_WINDOW_TOKENS: usize = 256;
 const DEFAULT_ROWS: usize = 8;
+const DEFAULT_PASS_TOKENS: usize = 512;
 
 /// Files of text; what is wrong goes to `found`.
 pub fn sources_from_pb(messages: Vec<pb::TextSource>, path: &str, found: &mut Violations) -> Vec<TextSource> {
@@ -48,18 +49,23 @@ pub fn evaluation_from_pb(message: pb::EvaluationSpec, path: &str, found: &mut V
     if message.sources.is_empty() {
         found.reject(at("sources"), "must name at least one file");
     }
-    let window_tokens = match message.window_tokens {
-        None => DEFAULT_WINDOW_TOKENS,
-        Some(tokens) if (2..=limits::MAX_WINDOW_TOKENS).contains(&tokens) => tokens as usize,
-        Some(tokens) => {
-            let most = limits::MAX_WINDOW_TOKENS;
-            found.reject(at("window_tokens"), format!("must lie in 2..={most}; got {tokens}"));
-            DEFAULT_WINDOW_TOKENS
+    let mut window = |tokens: u32, field: String| {
+        let most = limits::MAX_WINDOW_TOKENS;
+        if !(2..=most).contains(&tokens) {
+            found.reject(field, format!("must lie in 2..={most}; got {tokens}"));
         }
+        tokens as usize
     };
+    let mut windows = vec![
+        message.window_tokens.map_or(DEFAULT_WINDOW_TOKENS, |tokens| window(tokens, at("window_tokens"))),
+    ];
+    for (place, tokens) in message.more_window_tokens.iter().take(limits::MAX_ENTRIES).enumerate() {
+        windows.push(window(*tokens, format!("{}[{place}]", at("more_window_tokens"))));
+    }
+    bounded_list(message.more_window_tokens.len(), &at("more_window_tokens"), found);
     EvaluationSpec {
         sources: sources_from_pb(message.sources, &at("sources"), found),
-        window_tokens,
+        windows,
         max_tokens: (message.max_tokens > 0).then_some(message.max_tokens),
         mode: enum_field(
             message.mode,
@@ -74,6 +80,32 @@ pub fn evaluation_from_pb(message: pb::EvaluationSpec, path: &str, found: &mut V
             found,
         ),
         rows: count_field(message.rows, DEFAULT_ROWS, limits::MAX_ROWS, &at("rows"), found),
+    }
+}
+
+/// Tasks to measure; what is wrong goes to `found`.
+pub fn tasks_from_pb(message: pb::TaskSpec, path: &str, found: &mut Violations) -> TaskSpec {
+    let at = |field: &str| below(path, field);
+    if message.files.is_empty() {
+        found.reject(at("files"), "must name at least one file");
+    }
+    bounded_list(message.files.len(), &at("files"), found);
+    let files: Vec<String> = message.files.into_iter().take(limits::MAX_ENTRIES).collect();
+    for (place, file) in files.iter().enumerate() {
+        let field = format!("{}[{place}]", at("files"));
+        required_text(file, &field, "a task file below one of the workers' roots", found);
+    }
+    TaskSpec {
+        files,
+        max_rows: (message.max_rows > 0).then_some(message.max_rows),
+        pass_tokens: count_field(
+            message.pass_tokens,
+            DEFAULT_PASS_TOKENS,
+            limits::MAX_WINDOW_TOKENS,
+            &at("pass_tokens"),
+            found,
+        ),
+        log_likelihoods: message.log_likelihoods,
     }
 }
 
@@ -104,11 +136,23 @@ pub fn evaluation_to_pb(spec: &EvaluationSpec) -> pb::EvaluationSpec {
         EvaluationMode::Stream => pb::EvaluationMode::Stream,
         EvaluationMode::Stories => pb::EvaluationMode::Stories,
     };
+    let mut windows = spec.windows.iter().map(|tokens| u32::try_from(*tokens).unwrap_or(u32::MAX));
     pb::EvaluationSpec {
         sources: sources_to_pb(&spec.sources),
-        window_tokens: Some(u32::try_from(spec.window_tokens).unwrap_or(u32::MAX)),
+        window_tokens: windows.next(),
+        more_window_tokens: windows.collect(),
         max_tokens: spec.max_tokens.unwrap_or(0),
         mode: Some(mode.into()),
         rows: Some(u32::try_from(spec.rows).unwrap_or(u32::MAX)),
+    }
+}
+
+#[must_use]
+pub fn tasks_to_pb(spec: &TaskSpec) -> pb::TaskSpec {
+    pb::TaskSpec {
+        files: spec.files.clone(),
+        max_rows: spec.max_rows.unwrap_or(0),
+        pass_tokens: Some(u32::try_from(spec.pass_tokens).unwrap_or(u32::MAX)),
+        log_likelihoods: spec.log_likelihoods,
     }
 }

@@ -4,9 +4,9 @@ use super::{below, bounded_list, count_field, enum_field};
 use crate::fields::{InvalidFields, Violations};
 use crate::{limits, pb};
 use recipe::{
-    AdamW, Batch, Budget, Compute, Criterion, Decay, FieldViolation, HeadGrouping, LearningRate, Lora,
-    LoraPruneForm, Optimizer, Precision, Protection, Pruning, Ramp, Recipe, Recompute, Shape, Shrink,
-    Storage,
+    AdamW, Batch, Budget, Compensation, CompensationTarget, Compute, Criterion, Decay, Distillation,
+    FieldViolation, HeadGrouping, LearningRate, LeastSquares, Lora, LoraPruneForm, Optimizer, Precision,
+    Protection, Pruning, Ramp, RampShape, Recipe, Recompute, Recovery, Shape, Shrink, Storage,
 };
 
 /// A recipe that has passed every check that needs no model, defaults filled in.
@@ -41,6 +41,7 @@ pub fn from_pb(message: Option<pb::Recipe>, path: &str, found: &mut Violations) 
             Some(norm) => Some(norm),
         },
         pruning: message.pruning.map(|pruning| self::pruning(pruning, &at("pruning"), found)),
+        distillation: message.distillation.map(distillation),
         precision: precision(message.precision.unwrap_or_default(), &at("precision"), found),
         recompute: enum_field(
             message.recompute,
@@ -74,6 +75,9 @@ pub fn field_of_message(field: &str) -> &str {
         "pruning.budget.sparsity" => "pruning.sparsity",
         "pruning.budget.parameters" => "pruning.parameters",
         "pruning.protection" => "pruning.protected_layers",
+        "pruning.compensation" => "pruning.least_squares",
+        "pruning.compensation.windows" => "pruning.least_squares.windows",
+        "pruning.compensation.damping" => "pruning.least_squares.damping",
         same => same,
     }
 }
@@ -138,6 +142,27 @@ fn learning_rate(message: pb::LearningRate, path: &str, found: &mut Violations) 
             found,
         ),
         floor: message.floor,
+        recovery: enum_field(
+            message.recovery,
+            default.recovery,
+            |member| match member {
+                pb::Recovery::Unspecified => None,
+                pb::Recovery::Continue => Some(Recovery::Continue),
+                pb::Recovery::Hold => Some(Recovery::Hold),
+                pb::Recovery::Restart => Some(Recovery::Restart),
+            },
+            &below(path, "recovery"),
+            "RECOVERY_CONTINUE, RECOVERY_HOLD or RECOVERY_RESTART",
+            found,
+        ),
+    }
+}
+
+fn distillation(message: pb::Distillation) -> Distillation {
+    let default = Distillation::default();
+    Distillation {
+        weight: message.weight.unwrap_or(default.weight),
+        top_k: message.top_k.map_or(default.top_k, |top_k| top_k as usize),
     }
 }
 
@@ -165,10 +190,11 @@ fn pruning(message: pb::Pruning, path: &str, found: &mut Violations) -> Pruning 
                 pb::Criterion::Taylor => Some(Criterion::Taylor),
                 pb::Criterion::Magnitude => Some(Criterion::Magnitude),
                 pb::Criterion::Random => Some(Criterion::Random),
+                pb::Criterion::Wanda => Some(Criterion::Wanda),
             },
             &at("criterion"),
-            "CRITERION_LORAPRUNE_CODE, CRITERION_LORAPRUNE_PAPER, CRITERION_TAYLOR, CRITERION_MAGNITUDE or \
-             CRITERION_RANDOM",
+            "CRITERION_LORAPRUNE_CODE, CRITERION_LORAPRUNE_PAPER, CRITERION_TAYLOR, CRITERION_MAGNITUDE, \
+             CRITERION_RANDOM or CRITERION_WANDA",
             found,
         ),
         moving_average_decay: message.moving_average_decay.unwrap_or(default.moving_average_decay),
@@ -177,7 +203,7 @@ fn pruning(message: pb::Pruning, path: &str, found: &mut Violations) -> Pruning 
             Some(pb::pruning::Budget::Sparsity(sparsity)) => Budget::Sparsity(sparsity),
             Some(pb::pruning::Budget::Parameters(parameters)) => Budget::Parameters(parameters),
         },
-        ramp: ramp(message.ramp.unwrap_or_default()),
+        ramp: ramp(message.ramp.unwrap_or_default(), &at("ramp"), found),
         shape: enum_field(
             message.shape,
             default.shape,
@@ -220,15 +246,51 @@ fn pruning(message: pb::Pruning, path: &str, found: &mut Violations) -> Pruning 
             "SHRINK_LIVE or SHRINK_NEVER",
             found,
         ),
+        compensation: match message.least_squares {
+            None => Compensation::None,
+            Some(message) => Compensation::LeastSquares(least_squares(message, &at("least_squares"), found)),
+        },
     }
 }
 
-fn ramp(message: pb::Ramp) -> Ramp {
+fn least_squares(message: pb::LeastSquares, path: &str, found: &mut Violations) -> LeastSquares {
+    let default = LeastSquares::default();
+    LeastSquares {
+        windows: message.windows.map_or(default.windows, |windows| windows as usize),
+        damping: message.damping.unwrap_or(default.damping),
+        target: enum_field(
+            message.target,
+            default.target,
+            |member| match member {
+                pb::CompensationTarget::Unspecified => None,
+                pb::CompensationTarget::Layer => Some(CompensationTarget::Layer),
+                pb::CompensationTarget::Stream => Some(CompensationTarget::Stream),
+            },
+            &below(path, "target"),
+            "COMPENSATION_TARGET_LAYER or COMPENSATION_TARGET_STREAM",
+            found,
+        ),
+    }
+}
+
+fn ramp(message: pb::Ramp, path: &str, found: &mut Violations) -> Ramp {
     let default = Ramp::default();
     Ramp {
         warmup: message.warmup.unwrap_or(default.warmup),
         cooldown: message.cooldown.unwrap_or(default.cooldown),
         every: message.every.unwrap_or(default.every),
+        shape: enum_field(
+            message.shape,
+            default.shape,
+            |member| match member {
+                pb::RampShape::Unspecified => None,
+                pb::RampShape::Cubic => Some(RampShape::Cubic),
+                pb::RampShape::OneShot => Some(RampShape::OneShot),
+            },
+            &below(path, "shape"),
+            "RAMP_SHAPE_CUBIC or RAMP_SHAPE_ONE_SHOT",
+            found,
+        ),
     }
 }
 
@@ -256,9 +318,11 @@ fn precision(message: pb::Precision, path: &str, found: &mut Violations) -> Prec
                 pb::Storage::F32 => Some(Storage::F32),
                 pb::Storage::F64 => Some(Storage::F64),
                 pb::Storage::Bf16 => Some(Storage::Bf16),
+                pb::Storage::Int8 => Some(Storage::Int8),
+                pb::Storage::Nf4 => Some(Storage::Nf4),
             },
             &below(path, "storage"),
-            "STORAGE_F32, STORAGE_F64 or STORAGE_BF16",
+            "STORAGE_F32, STORAGE_F64, STORAGE_BF16, STORAGE_INT8 or STORAGE_NF4",
             found,
         ),
     }
@@ -306,9 +370,21 @@ pub fn to_pb(recipe: &Recipe) -> pb::Recipe {
                 .into(),
             ),
             floor: recipe.learning_rate.floor,
+            recovery: Some(
+                match recipe.learning_rate.recovery {
+                    Recovery::Continue => pb::Recovery::Continue,
+                    Recovery::Hold => pb::Recovery::Hold,
+                    Recovery::Restart => pb::Recovery::Restart,
+                }
+                .into(),
+            ),
         }),
         max_grad_norm: Some(recipe.max_grad_norm.unwrap_or(0.0)),
         pruning: recipe.pruning.as_ref().map(pruning_to_pb),
+        distillation: recipe.distillation.map(|Distillation { weight, top_k }| pb::Distillation {
+            weight: Some(weight),
+            top_k: Some(narrow(top_k)),
+        }),
         precision: Some(pb::Precision {
             compute: Some(
                 match recipe.precision.compute {
@@ -323,6 +399,8 @@ pub fn to_pb(recipe: &Recipe) -> pb::Recipe {
                     Storage::F32 => pb::Storage::F32,
                     Storage::F64 => pb::Storage::F64,
                     Storage::Bf16 => pb::Storage::Bf16,
+                    Storage::Int8 => pb::Storage::Int8,
+                    Storage::Nf4 => pb::Storage::Nf4,
                 }
                 .into(),
             ),
@@ -344,6 +422,7 @@ fn pruning_to_pb(pruning: &Pruning) -> pb::Pruning {
         Criterion::Taylor => pb::Criterion::Taylor,
         Criterion::Magnitude => pb::Criterion::Magnitude,
         Criterion::Random => pb::Criterion::Random,
+        Criterion::Wanda => pb::Criterion::Wanda,
     };
     let shape = match pruning.shape {
         Shape::Uniform => pb::Shape::Uniform,
@@ -369,6 +448,13 @@ fn pruning_to_pb(pruning: &Pruning) -> pb::Pruning {
             warmup: Some(pruning.ramp.warmup),
             cooldown: Some(pruning.ramp.cooldown),
             every: Some(pruning.ramp.every),
+            shape: Some(
+                match pruning.ramp.shape {
+                    RampShape::Cubic => pb::RampShape::Cubic,
+                    RampShape::OneShot => pb::RampShape::OneShot,
+                }
+                .into(),
+            ),
         }),
         shape: Some(shape.into()),
         head_grouping: Some(head_grouping.into()),
@@ -381,5 +467,16 @@ fn pruning_to_pb(pruning: &Pruning) -> pb::Pruning {
         channel_multiple: Some(narrow(pruning.channel_multiple)),
         serve_tp: pruning.serve_tp.iter().map(|&degree| narrow(degree)).collect(),
         shrink: Some(shrink.into()),
+        least_squares: pruning.compensation.least_squares().map(|choice| pb::LeastSquares {
+            windows: Some(narrow(choice.windows)),
+            damping: Some(choice.damping),
+            target: Some(
+                match choice.target {
+                    CompensationTarget::Layer => pb::CompensationTarget::Layer,
+                    CompensationTarget::Stream => pb::CompensationTarget::Stream,
+                }
+                .into(),
+            ),
+        }),
     }
 }

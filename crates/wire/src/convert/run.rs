@@ -39,6 +39,7 @@ pub fn from_pb(message: Option<pb::RunSpec>, path: &str, found: &mut Violations)
         recipe,
         tp_degree: count_field(message.tp_degree, 1, limits::MAX_TP_DEGREE, &at("tp_degree"), found),
         evaluation: message.evaluation.map(|spec| data::evaluation_from_pb(spec, &at("evaluation"), found)),
+        tasks: message.tasks.map(|spec| data::tasks_from_pb(spec, &at("tasks"), found)),
         export: message.export.map(|spec| export_from_pb(spec, &at("export"), found)),
         display_name: message.display_name,
     }
@@ -81,6 +82,7 @@ pub fn to_pb(spec: &RunSpec) -> pb::RunSpec {
         recipe: Some(recipe::to_pb(&spec.recipe)),
         tp_degree: Some(u32::try_from(spec.tp_degree).unwrap_or(u32::MAX)),
         evaluation: spec.evaluation.as_ref().map(data::evaluation_to_pb),
+        tasks: spec.tasks.as_ref().map(data::tasks_to_pb),
         export: spec.export.as_ref().map(export_to_pb),
         display_name: spec.display_name.clone(),
     }

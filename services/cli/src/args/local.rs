@@ -1,5 +1,5 @@
 use super::RecipeFlags;
-use crate::run_file::{EvaluationMode, ExportDtype, TextFile, TextFormat};
+use crate::run_file::{Evaluation, EvaluationMode, ExportDtype, Tasks, TextFile, TextFormat};
 use clap::Args;
 use std::path::PathBuf;
 
@@ -22,6 +22,9 @@ pub(crate) struct PruneArgs {
     /// Compute threads of each worker [default: cores / workers]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub threads: Option<u32>,
+    /// Where workers compute: cpu, cuda (each on a GPU of its own) or cuda:N (all on that one)
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    pub device: String,
     /// Only check everything and print what the run would do
     #[arg(long)]
     pub dry_run: bool,
@@ -70,13 +73,11 @@ impl TextArgs {
     }
 }
 
+/// What is measured on a model as it is.
 #[derive(Debug, Args)]
-pub(crate) struct EvalArgs {
-    /// Model folder in Hugging Face layout
-    #[arg(long, value_name = "DIR")]
-    pub(crate) model: PathBuf,
+pub(crate) struct MeasureArgs {
     /// Text files: .txt, .jsonl, .parquet, or token ids as .tokens.jsonl, .u16, .u32
-    #[arg(long, value_name = "FILE", num_args = 1.., required = true)]
+    #[arg(long, value_name = "FILE", num_args = 1.., required_unless_present = "tasks")]
     pub data: Vec<PathBuf>,
     /// Field or column that holds the text [default: text, or input_ids for token ids]
     #[arg(long, value_name = "NAME")]
@@ -84,9 +85,9 @@ pub(crate) struct EvalArgs {
     /// Format of the text files [default: by extension]
     #[arg(long, value_name = "FORMAT")]
     pub data_format: Option<TextFormat>,
-    /// Tokens of a window
-    #[arg(long, value_name = "N", default_value_t = 256)]
-    pub window: u32,
+    /// Tokens of a window; several, separated by commas, are measured one after the other
+    #[arg(long, value_name = "N", value_delimiter = ',', default_value = "256")]
+    pub window: Vec<u32>,
     /// How the text is cut into windows
     #[arg(long, value_enum, default_value_t = EvaluationMode::Stream)]
     pub(crate) mode: EvaluationMode,
@@ -96,12 +97,67 @@ pub(crate) struct EvalArgs {
     /// Windows in one forward pass; does not change the result
     #[arg(long, value_name = "N", default_value_t = 8)]
     pub rows: u32,
+    /// Multiple-choice questions, one file a task, one JSON object a line: `query`, `choices` and `gold`, or
+    /// `context_options`, `continuation` and `gold`
+    #[arg(long, value_name = "FILE", num_args = 1.., help_heading = "Tasks")]
+    pub tasks: Vec<PathBuf>,
+    /// Ask the first N questions of each task only; 0 means all
+    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Tasks")]
+    pub task_limit: u64,
+    /// Tokens in one forward pass; does not change the result
+    #[arg(long, value_name = "N", default_value_t = 512, help_heading = "Tasks")]
+    pub pass_tokens: u32,
+    /// Print each choice's log-likelihood too (with --json)
+    #[arg(long, requires = "json", help_heading = "Tasks")]
+    pub log_likelihoods: bool,
+}
+
+impl MeasureArgs {
+    /// The text to measure perplexity on, if there is any.
+    pub(crate) fn evaluation(&self) -> Option<Evaluation> {
+        let file = |path: &PathBuf| TextFile {
+            path: path.clone(),
+            field: self.data_field.clone(),
+            format: self.data_format,
+        };
+        let (first, more) = self.window.split_first()?;
+        (!self.data.is_empty()).then(|| Evaluation {
+            data: self.data.iter().map(file).collect(),
+            window_tokens: *first,
+            more_window_tokens: more.to_vec(),
+            mode: self.mode,
+            max_tokens: self.max_tokens,
+            rows: self.rows,
+        })
+    }
+
+    /// The tasks, if there are any.
+    pub(crate) fn tasks(&self) -> Option<Tasks> {
+        (!self.tasks.is_empty()).then(|| Tasks {
+            files: self.tasks.clone(),
+            max_rows: self.task_limit,
+            pass_tokens: self.pass_tokens,
+            log_likelihoods: self.log_likelihoods,
+        })
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct EvalArgs {
+    /// Model folder in Hugging Face layout
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: PathBuf,
+    #[command(flatten)]
+    pub measure: MeasureArgs,
     /// Worker processes that share the model
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub workers: u32,
     /// Compute threads of each worker [default: cores / workers]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub threads: Option<u32>,
+    /// Where workers compute: cpu, cuda (each on a GPU of its own) or cuda:N (all on that one)
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    pub device: String,
     /// Print JSON
     #[arg(long)]
     pub json: bool,

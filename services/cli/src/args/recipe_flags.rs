@@ -1,11 +1,11 @@
 use clap::{Args, ValueEnum};
 use recipe::{
-    Budget, Compute, Criterion, HeadGrouping, LoraPruneForm, Protection, Pruning, Recipe, Recompute, Shape,
-    Shrink, Storage,
+    Budget, Compensation, CompensationTarget, Compute, Criterion, Distillation, HeadGrouping, LeastSquares,
+    LoraPruneForm, Protection, Pruning, RampShape, Recipe, Recompute, Recovery, Shape, Shrink, Storage,
 };
 
 /// Flags that override a recipe, each named as the field that it sets.
-#[derive(Debug, Default, Args)]
+#[derive(Debug, Clone, Default, Args)]
 pub(crate) struct RecipeFlags {
     /// Fraction of the prunable weights to remove, in [0, 1) [default: 0.5]
     #[arg(
@@ -40,6 +40,15 @@ pub(crate) struct RecipeFlags {
     /// Slice the tensors at every decision, or only mask them (slower, the same result) [default: live]
     #[arg(long, value_name = "WHEN", help_heading = "Pruning")]
     pub shrink: Option<ShrinkName>,
+    /// Change what stays of o_proj and down_proj to make up for what goes [default: none]
+    #[arg(long, value_name = "NAME", help_heading = "Pruning")]
+    pub compensation: Option<CompensationName>,
+    /// Windows of training text that the compensation is fitted to [default: 48]
+    #[arg(long, value_name = "N", help_heading = "Pruning")]
+    pub compensation_windows: Option<usize>,
+    /// Added to the second moments' diagonal, as a share of its mean [default: 0.01]
+    #[arg(long, value_name = "FRACTION", allow_negative_numbers = true, help_heading = "Pruning")]
+    pub compensation_damping: Option<f64>,
     /// Fraction of the steps before anything is removed [default: 0.1]
     #[arg(long, value_name = "FRACTION", allow_negative_numbers = true, help_heading = "Pruning")]
     pub warmup: Option<f64>,
@@ -49,6 +58,9 @@ pub(crate) struct RecipeFlags {
     /// Steps between mask decisions [default: 10]
     #[arg(long, value_name = "STEPS", help_heading = "Pruning")]
     pub every: Option<u64>,
+    /// How the removal is spread over the steps between [default: cubic]
+    #[arg(long, value_name = "NAME", help_heading = "Pruning")]
+    pub ramp_shape: Option<RampShapeName>,
     /// Optimizer steps [default: 200]
     #[arg(long, value_name = "N", help_heading = "Training")]
     pub steps: Option<u64>,
@@ -64,6 +76,15 @@ pub(crate) struct RecipeFlags {
     /// Highest learning rate [default: 0.001]
     #[arg(long, value_name = "RATE", allow_negative_numbers = true, help_heading = "Training")]
     pub learning_rate: Option<f64>,
+    /// What the learning rate does after the last removal [default: continue]
+    #[arg(long, value_name = "NAME", help_heading = "Training")]
+    pub recovery: Option<RecoveryName>,
+    /// Share of the unpruned model's distribution in the loss, in [0, 1] [default: no distillation]
+    #[arg(long, value_name = "FRACTION", allow_negative_numbers = true, help_heading = "Training")]
+    pub distill: Option<f64>,
+    /// Tokens of the unpruned model's distribution kept at each position [default: 64]
+    #[arg(long, value_name = "K", help_heading = "Training")]
+    pub distill_top_k: Option<usize>,
     /// Rank of the LoRA factors [default: 8]
     #[arg(long, value_name = "N", help_heading = "Training")]
     pub lora_rank: Option<usize>,
@@ -101,6 +122,8 @@ pub(crate) enum CriterionName {
     Magnitude,
     /// A fixed random order
     Random,
+    /// Squared weights of o and down times the squares of their inputs
+    Wanda,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -130,11 +153,41 @@ pub(crate) enum ShrinkName {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum CompensationName {
+    /// Tuning alone makes up for what went
+    None,
+    /// Least squares towards what the layer would have given for the same input
+    Layer,
+    /// Least squares towards the residual stream before the decision
+    Stream,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum RampShapeName {
+    /// Many decisions, the most removed early
+    Cubic,
+    /// All at once at the end of the warm-up
+    OneShot,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum RecoveryName {
+    /// One course over the whole run
+    Continue,
+    /// The peak is held up to the last removal, then decays
+    Hold,
+    /// Warm-up and decay begin anew after the last removal
+    Restart,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum ComputeName {
     /// 32-bit floating point
     F32,
     /// 64-bit floating point
     F64,
+    /// bfloat16, on GPUs
+    Bf16,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -145,6 +198,10 @@ pub(crate) enum StorageName {
     F64,
     /// bfloat16
     Bf16,
+    /// One byte a weight, a scale for each output row
+    Int8,
+    /// Half a byte a weight, a scale for 64
+    Nf4,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -167,6 +224,12 @@ impl RecipeFlags {
         set(&mut recipe.lora.alpha, self.lora_alpha);
         set(&mut recipe.lora.dropout, self.dropout);
         set(&mut recipe.learning_rate.peak, self.learning_rate);
+        set(&mut recipe.learning_rate.recovery, self.recovery.map(RecoveryName::choice));
+        if self.distill.is_some() || self.distill_top_k.is_some() {
+            let distillation = recipe.distillation.get_or_insert_with(Distillation::default);
+            set(&mut distillation.weight, self.distill);
+            set(&mut distillation.top_k, self.distill_top_k);
+        }
         set(&mut recipe.precision.compute, self.compute.map(ComputeName::choice));
         set(&mut recipe.precision.storage, self.storage.map(StorageName::choice));
         set(&mut recipe.recompute, self.recompute.map(RecomputeName::choice));
@@ -188,6 +251,10 @@ impl RecipeFlags {
             || self.warmup.is_some()
             || self.cooldown.is_some()
             || self.every.is_some()
+            || self.ramp_shape.is_some()
+            || self.compensation.is_some()
+            || self.compensation_windows.is_some()
+            || self.compensation_damping.is_some()
     }
 
     fn apply_pruning(&self, pruning: &mut Pruning) {
@@ -203,6 +270,28 @@ impl RecipeFlags {
         set(&mut pruning.ramp.warmup, self.warmup);
         set(&mut pruning.ramp.cooldown, self.cooldown);
         set(&mut pruning.ramp.every, self.every);
+        set(&mut pruning.ramp.shape, self.ramp_shape.map(RampShapeName::choice));
+        self.apply_compensation(&mut pruning.compensation);
+    }
+
+    /// Windows or damping alone choose least squares, as its default is.
+    fn apply_compensation(&self, compensation: &mut Compensation) {
+        let says_how = self.compensation_windows.is_some() || self.compensation_damping.is_some();
+        let target = match self.compensation {
+            None if !says_how => return,
+            None => None,
+            Some(CompensationName::None) => {
+                *compensation = Compensation::None;
+                return;
+            }
+            Some(CompensationName::Layer) => Some(CompensationTarget::Layer),
+            Some(CompensationName::Stream) => Some(CompensationTarget::Stream),
+        };
+        let mut choice: LeastSquares = compensation.least_squares().unwrap_or_default();
+        set(&mut choice.target, target);
+        set(&mut choice.windows, self.compensation_windows);
+        set(&mut choice.damping, self.compensation_damping);
+        *compensation = Compensation::LeastSquares(choice);
     }
 }
 
@@ -220,6 +309,7 @@ impl CriterionName {
             Self::Taylor => Criterion::Taylor,
             Self::Magnitude => Criterion::Magnitude,
             Self::Random => Criterion::Random,
+            Self::Wanda => Criterion::Wanda,
         }
     }
 }
@@ -252,11 +342,31 @@ impl ShrinkName {
     }
 }
 
+impl RampShapeName {
+    fn choice(self) -> RampShape {
+        match self {
+            Self::Cubic => RampShape::Cubic,
+            Self::OneShot => RampShape::OneShot,
+        }
+    }
+}
+
+impl RecoveryName {
+    fn choice(self) -> Recovery {
+        match self {
+            Self::Continue => Recovery::Continue,
+            Self::Hold => Recovery::Hold,
+            Self::Restart => Recovery::Restart,
+        }
+    }
+}
+
 impl ComputeName {
     fn choice(self) -> Compute {
         match self {
             Self::F32 => Compute::F32,
             Self::F64 => Compute::F64,
+            Self::Bf16 => Compute::Bf16,
         }
     }
 }
@@ -267,6 +377,8 @@ impl StorageName {
             Self::F32 => Storage::F32,
             Self::F64 => Storage::F64,
             Self::Bf16 => Storage::Bf16,
+            Self::Int8 => Storage::Int8,
+            Self::Nf4 => Storage::Nf4,
         }
     }
 }
@@ -298,6 +410,9 @@ mod tests {
             criterion: Some(CriterionName::LoraPrunePaper),
             protect: Some(vec![0, 3]),
             steps: Some(9),
+            ramp_shape: Some(RampShapeName::OneShot),
+            recovery: Some(RecoveryName::Hold),
+            distill: Some(0.7),
             storage: Some(StorageName::Bf16),
             ..RecipeFlags::default()
         };
@@ -305,10 +420,40 @@ mod tests {
         flags.apply(&mut recipe);
         let mut expected = Recipe { steps: 9, ..Recipe::default() };
         expected.precision.storage = Storage::Bf16;
+        expected.learning_rate.recovery = Recovery::Hold;
+        expected.distillation = Some(Distillation { weight: 0.7, top_k: 64 });
         let pruning = expected.pruning.as_mut().unwrap();
         pruning.budget = Budget::Sparsity(0.3);
         pruning.criterion = Criterion::LoraPrune { form: LoraPruneForm::Paper };
         pruning.protection = Protection::Layers(vec![0, 3]);
+        pruning.ramp.shape = RampShape::OneShot;
         assert_eq!(recipe, expected);
+    }
+
+    #[test]
+    fn compensation_is_chosen_by_name_or_by_a_number_of_it() {
+        let chosen = |flags: RecipeFlags, before| {
+            let pruning = Pruning { compensation: before, ..Pruning::default() };
+            let mut recipe = Recipe { pruning: Some(pruning), ..Recipe::default() };
+            flags.apply(&mut recipe);
+            recipe.pruning.unwrap().compensation
+        };
+        let stream = LeastSquares { target: CompensationTarget::Stream, ..LeastSquares::default() };
+        let name = |compensation| RecipeFlags { compensation: Some(compensation), ..RecipeFlags::default() };
+        assert_eq!(
+            chosen(name(CompensationName::Stream), Compensation::None),
+            Compensation::LeastSquares(stream)
+        );
+        assert_eq!(
+            chosen(name(CompensationName::None), Compensation::LeastSquares(stream)),
+            Compensation::None
+        );
+        let windows = RecipeFlags { compensation_windows: Some(9), ..RecipeFlags::default() };
+        for (before, of) in
+            [(Compensation::None, LeastSquares::default()), (Compensation::LeastSquares(stream), stream)]
+        {
+            let expected = Compensation::LeastSquares(LeastSquares { windows: 9, ..of });
+            assert_eq!(chosen(windows.clone(), before), expected);
+        }
     }
 }

@@ -1,4 +1,5 @@
-use crate::run_file::{EvaluationMode, ExportDtype, TextFile, TextFormat};
+use super::MeasureArgs;
+use crate::run_file::ExportDtype;
 use clap::Args;
 use std::path::PathBuf;
 
@@ -69,40 +70,11 @@ pub(crate) struct WatchArgs {
 pub(crate) struct EvaluateArgs {
     /// Identifier of the run
     pub id: String,
-    /// Text files, as the workers see them
-    #[arg(long, value_name = "FILE", num_args = 1.., required = true)]
-    pub data: Vec<PathBuf>,
-    /// Field or column that holds the text [default: text, or input_ids for token ids]
-    #[arg(long, value_name = "NAME")]
-    pub data_field: Option<String>,
-    /// Format of the text files [default: by extension]
-    #[arg(long, value_name = "FORMAT")]
-    pub data_format: Option<TextFormat>,
-    /// Tokens of a window
-    #[arg(long, value_name = "N", default_value_t = 256)]
-    pub window: u32,
-    /// How the text is cut into windows
-    #[arg(long, value_enum, default_value_t = EvaluationMode::Stream)]
-    pub(crate) mode: EvaluationMode,
-    /// Read the first N tokens only; 0 means all
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub max_tokens: u64,
-    /// Windows in one forward pass; does not change the result
-    #[arg(long, value_name = "N", default_value_t = 8)]
-    pub rows: u32,
+    /// Paths are as the workers see them.
+    #[command(flatten)]
+    pub measure: MeasureArgs,
     #[command(flatten)]
     pub remote: RemoteArgs,
-}
-
-impl EvaluateArgs {
-    pub(crate) fn files(&self) -> Vec<TextFile> {
-        let file = |path: &PathBuf| TextFile {
-            path: path.clone(),
-            field: self.data_field.clone(),
-            format: self.data_format,
-        };
-        self.data.iter().map(file).collect()
-    }
 }
 
 #[derive(Debug, Args)]

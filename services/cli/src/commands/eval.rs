@@ -3,35 +3,36 @@ use crate::failure::Failure;
 use crate::interrupts::Interrupts;
 use crate::local_cluster::ClusterOptions;
 use crate::local_run::run_locally;
-use crate::out_folder::pretty;
-use crate::output::say;
+use crate::measured::Measured;
 use crate::progress::Progress;
-use crate::run_file::{Evaluation, RunFile, TextFile};
-use crate::{local_paths, proto_json, telemetry, units};
+use crate::run_file::RunFile;
+use crate::{local_paths, telemetry};
 use anyhow::Context;
 use recipe::Recipe;
-use std::time::Duration;
+use wire::pb::run_event::Kind;
 
 /// # Errors
 /// When the input is wrong, or the measurement fails or is interrupted.
 pub(crate) async fn run(args: EvalArgs) -> Result<(), Failure> {
     let (model, _) = local_paths::model(&args.model)?;
-    let file = |path: &std::path::PathBuf| TextFile {
-        path: path.clone(),
-        field: args.data_field.clone(),
-        format: args.data_format,
-    };
-    let mut data: Vec<TextFile> = args.data.iter().map(file).collect();
-    local_paths::texts(&mut data)?;
+    let (mut evaluation, mut tasks) = (args.measure.evaluation(), args.measure.tasks());
+    let (texts, task_files) = (
+        evaluation.as_mut().map_or_else(Default::default, |evaluation| evaluation.data.as_mut_slice()),
+        tasks.as_mut().map_or_else(Default::default, |tasks| tasks.files.as_mut_slice()),
+    );
+    local_paths::texts(texts)?;
+    local_paths::tasks(task_files)?;
+    let files = texts.iter().map(|file| file.path.as_path()).chain(task_files.iter().map(AsRef::as_ref));
+    let mut roots = local_paths::roots(&model, files);
     let scratch = tempfile::tempdir().context("failed to create a folder for logs")?;
     let scratch_path = scratch.path().canonicalize().context("failed to find the folder for logs")?;
     let _telemetry = telemetry::to_file(&scratch_path.join("coordinator.log"))?;
-    let mut roots = local_paths::roots(&model, data.iter());
     roots.insert(scratch_path.clone());
     let interrupts = Interrupts::listen()?;
     let options = ClusterOptions {
         worker_count: args.workers,
         threads: args.threads,
+        device: args.device.clone(),
         roots,
         logs: scratch_path.clone(),
         state: scratch_path.join("state"),
@@ -41,31 +42,27 @@ pub(crate) async fn run(args: EvalArgs) -> Result<(), Failure> {
         model: Some(model),
         recipe: Recipe { steps: 0, pruning: None, ..Recipe::default() },
         workers: Some(args.workers),
-        evaluation: Some(Evaluation {
-            data,
-            window_tokens: args.window,
-            mode: args.mode,
-            max_tokens: args.max_tokens,
-            rows: args.rows,
-        }),
+        evaluation,
+        tasks,
         ..RunFile::default()
     };
     let mut progress = Progress::new(0);
-    let result = run_locally(file.to_spec(), &options, interrupts, &mut progress, |_| Ok(())).await;
+    let mut measured = Measured::default();
+    let result = run_locally(file.to_spec(), &options, interrupts, &mut progress, |event| {
+        match &event.kind {
+            Some(Kind::Evaluation(evaluation)) => measured.evaluations.push(evaluation.clone()),
+            Some(Kind::Task(result)) => measured.tasks.push(result.clone()),
+            Some(Kind::StateChange(_) | Kind::Step(_) | Kind::Decision(_) | Kind::Export(_)) | None => {}
+        }
+        Ok(())
+    })
+    .await;
     progress.finish();
-    let local = result?;
-    if let Some(failure) = local.failure {
+    if let Some(failure) = result?.failure {
         return Err(failure);
     }
-    let evaluation =
-        local.run.evaluations.last().ok_or_else(|| Failure::failed("the run ended without a measurement"))?;
-    if args.json {
-        say(pretty(&proto_json::to_json(evaluation)?)?.trim_end());
-    } else {
-        say(format!("perplexity         {:.4}", evaluation.perplexity));
-        say(format!("predicted tokens   {}", units::grouped(evaluation.predicted_tokens)));
-        let took = units::duration(Duration::from_secs_f64(evaluation.seconds.max(0.0)));
-        say(format!("took               {took}"));
+    if measured.is_empty() {
+        return Err(Failure::failed("the run ended without a measurement"));
     }
-    Ok(())
+    measured.show(args.json)
 }

@@ -178,6 +178,9 @@ fn job(args: &PruneArgs) -> Result<Job, Failure> {
     if let Some(evaluation) = &mut file.evaluation {
         local_paths::texts(&mut evaluation.data)?;
     }
+    if let Some(tasks) = &mut file.tasks {
+        local_paths::tasks(&mut tasks.files)?;
+    }
     if file.name.is_empty() {
         file.name = model.file_name().map_or(String::new(), |name| name.to_string_lossy().into_owned());
     }
@@ -186,8 +189,17 @@ fn job(args: &PruneArgs) -> Result<Job, Failure> {
 
 fn options(args: &PruneArgs, job: &Job, logs: PathBuf, state: PathBuf) -> ClusterOptions {
     let evaluated = job.file.evaluation.iter().flat_map(|evaluation| &evaluation.data);
-    let roots = local_paths::roots(&job.model, job.file.data.iter().chain(evaluated));
-    ClusterOptions { worker_count: job.file.workers.unwrap_or(1), threads: args.threads, roots, logs, state }
+    let texts = job.file.data.iter().chain(evaluated).map(|file| file.path.as_path());
+    let tasks = job.file.tasks.iter().flat_map(|tasks| &tasks.files).map(PathBuf::as_path);
+    let roots = local_paths::roots(&job.model, texts.chain(tasks));
+    ClusterOptions {
+        worker_count: job.file.workers.unwrap_or(1),
+        threads: args.threads,
+        device: args.device.clone(),
+        roots,
+        logs,
+        state,
+    }
 }
 
 fn removals(dense: &ModelSpec, masks: &[(u64, pb::KeepMask)]) -> Option<Removals> {

@@ -5,11 +5,12 @@ use crate::args::{
 };
 use crate::failure::{Failure, from_status};
 use crate::follow::follow;
+use crate::measured::Measured;
 use crate::out_folder::pretty;
 use crate::output::{say, tell};
 use crate::progress::Progress;
 use crate::proto_json::{Named, to_json};
-use crate::run_file::{Evaluation, Export, RunFile};
+use crate::run_file::{Evaluation, Export, RunFile, Tasks};
 use crate::{tables, telemetry, units};
 use service_kit::telemetry::Telemetry;
 use std::time::Duration;
@@ -164,28 +165,24 @@ pub(crate) async fn cancel(args: RunIdArgs) -> Result<(), Failure> {
 /// # Errors
 /// When the run has no exported model, no worker is idle, or the text is wrong.
 pub(crate) async fn evaluate(args: EvaluateArgs) -> Result<(), Failure> {
-    let evaluation = Evaluation {
-        data: args.files(),
-        window_tokens: args.window,
-        mode: args.mode,
-        max_tokens: args.max_tokens,
-        rows: args.rows,
-    };
     let (channel, _telemetry) = connect(&args.remote).await?;
-    let message = pb::EvaluateRunRequest { id: args.id, evaluation: Some(evaluation.to_pb()) };
+    let message = pb::EvaluateRunRequest {
+        id: args.id,
+        evaluation: args.measure.evaluation().as_ref().map(Evaluation::to_pb),
+        tasks: args.measure.tasks().as_ref().map(Tasks::to_pb),
+    };
     let response = run_client(channel)
         .evaluate_run(within(LONG_CALL, message))
         .instrument(info_span!("evaluate run"))
         .await
         .map_err(refused("the run cannot be measured"))?;
-    show(&args.remote, &response.into_inner(), |response| {
-        let evaluation = response.evaluation.clone().unwrap_or_default();
-        format!(
-            "perplexity         {:.4}\npredicted tokens   {}",
-            evaluation.perplexity,
-            units::grouped(evaluation.predicted_tokens)
-        )
-    })
+    let response = response.into_inner();
+    if args.remote.json {
+        say(pretty(&to_json(&response)?)?.trim_end());
+        return Ok(());
+    }
+    let evaluations = response.evaluation.into_iter().chain(response.more_evaluations).collect();
+    Measured { evaluations, tasks: response.task_results }.show(false)
 }
 
 /// # Errors

@@ -77,6 +77,8 @@ impl History {
             Some(Kind::Step(report)) => self.steps.push(StepPoint::from(report)),
             Some(Kind::Decision(decision)) => self.decisions.push(decision.clone()),
             Some(Kind::Evaluation(evaluation)) => self.evaluations.push(evaluation.clone()),
+            // The page shows perplexities alone.
+            Some(Kind::Task(_)) => {}
             Some(Kind::Export(result)) => self.export = Some(result.clone()),
             None => {}
         }
@@ -146,8 +148,12 @@ impl History {
     /// Perplexities before the first step and after the last.
     #[must_use]
     pub(crate) fn perplexities(&self) -> Option<FirstLast> {
-        let (first, last) = (self.evaluations.first()?, self.evaluations.last()?);
-        (self.evaluations.len() > 1).then_some(FirstLast { first: first.perplexity, last: last.perplexity })
+        let first = self.evaluations.first()?;
+        // Of several window lengths the first.
+        let mut of_window =
+            self.evaluations.iter().filter(|evaluation| evaluation.window_tokens == first.window_tokens);
+        let last = of_window.next_back()?;
+        of_window.next().is_some().then_some(FirstLast { first: first.perplexity, last: last.perplexity })
     }
 
     #[must_use]

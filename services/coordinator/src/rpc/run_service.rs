@@ -1,5 +1,6 @@
-use crate::admission::{Admitted, admit, check_evaluation, check_output, read_spec};
+use crate::admission::{Admitted, admit, check_evaluation, check_output, check_tasks, read_spec};
 use crate::context::Context;
+use crate::one_worker::Wanted;
 use crate::run_book::{NewRun, NotBooked, RunRecord};
 use crate::{driver, messages, one_worker, watch};
 use pruning_run::Generation;
@@ -179,18 +180,34 @@ impl RunService for Runs {
         &self,
         request: Request<pb::EvaluateRunRequest>,
     ) -> Result<Response<pb::EvaluateRunResponse>, Status> {
-        let pb::EvaluateRunRequest { id, evaluation } = request.into_inner();
+        let pb::EvaluateRunRequest { id, evaluation, tasks } = request.into_inner();
         let record = self.find(&id)?;
-        let spec = self
+        let wanted = self
             .check(move |context| {
                 let mut found = Violations::default();
-                let spec = data::evaluation_from_pb(evaluation.unwrap_or_default(), "evaluation", &mut found);
-                check_evaluation(&spec, "evaluation", &context.roots, &mut found);
-                Ok(found.finish(spec)?)
+                let (roots, found_here) = (&context.roots, &mut found);
+                let tasks = tasks.map(|tasks| {
+                    let spec = data::tasks_from_pb(tasks, "tasks", found_here);
+                    check_tasks(&spec, "tasks", roots, found_here);
+                    spec
+                });
+                // Nothing at all is a text that names no file.
+                let evaluation = evaluation.or_else(|| tasks.is_none().then(Default::default));
+                let evaluation = evaluation.map(|evaluation| {
+                    let spec = data::evaluation_from_pb(evaluation, "evaluation", found_here);
+                    check_evaluation(&spec, "evaluation", roots, found_here);
+                    spec
+                });
+                Ok(found.finish(Wanted { evaluation, tasks })?)
             })
             .await?;
-        let evaluation = one_worker::evaluate(&self.context, &record, spec).await?;
-        Ok(Response::new(pb::EvaluateRunResponse { evaluation: Some(messages::evaluation(&evaluation)) }))
+        let measured = one_worker::evaluate(&self.context, &record, wanted).await?;
+        let mut evaluations = measured.evaluations.iter().map(messages::evaluation);
+        Ok(Response::new(pb::EvaluateRunResponse {
+            evaluation: evaluations.next(),
+            more_evaluations: evaluations.collect(),
+            task_results: measured.tasks.iter().map(messages::task).collect(),
+        }))
     }
 
     #[instrument(name = "export_run", skip_all, err(level = "debug"))]

@@ -154,7 +154,9 @@ async fn calls_wait_in_line_and_a_line_too_long_is_refused() {
         .map(|_| {
             let mut client = worker.client.clone();
             tokio::spawn(async move {
-                client.evaluate(request(pb::EvaluateRequest { session_id: SESSION.into() })).await
+                client
+                    .evaluate(request(pb::EvaluateRequest { session_id: SESSION.into(), window_index: 0 }))
+                    .await
             })
         })
         .collect();

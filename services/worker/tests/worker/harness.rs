@@ -138,6 +138,7 @@ pub(crate) fn config(coordinator: &str, scratch: &Path) -> WorkerConfig {
         data_host: None,
         id: "worker-a".into(),
         device: "cpu".into(),
+        device_memory_bytes: None,
         threads: 1,
         roots: RootArgs { roots: vec![scratch.to_owned(), fixtures()] },
         collective_timeout: Duration::from_secs(2),
@@ -182,6 +183,15 @@ pub(crate) fn source(name: &str) -> pb::TextSource {
     pb::TextSource { path: fixtures().join("text").join(name).display().to_string(), ..Default::default() }
 }
 
+pub(crate) fn task_file(name: &str) -> String {
+    fixtures().join(format!("tasks/{name}.jsonl")).display().to_string()
+}
+
+pub(crate) fn tasks(files: &[&str]) -> pb::TaskSpec {
+    let files = files.iter().map(|file| (*file).to_owned()).collect();
+    pb::TaskSpec { files, log_likelihoods: true, ..Default::default() }
+}
+
 /// Rank 0 of 1 on the tiny model, 12 steps, pruned from the second on.
 pub(crate) fn load_request() -> pb::LoadRequest {
     pb::LoadRequest {
@@ -202,6 +212,7 @@ pub(crate) fn load_request() -> pb::LoadRequest {
             window_tokens: Some(64),
             ..Default::default()
         }),
+        tasks: None,
     }
 }
 
@@ -210,6 +221,7 @@ pub(crate) fn load_request() -> pb::LoadRequest {
 pub(crate) struct Trained {
     pub(crate) chunks: Vec<pb::ScoreChunk>,
     pub(crate) reports: Vec<pb::StepReport>,
+    pub(crate) teaching: Vec<pb::TeachingProgress>,
 }
 
 impl Harness {
@@ -245,6 +257,7 @@ impl Harness {
             match message.kind.unwrap() {
                 pb::train_response::Kind::Scores(chunk) => trained.chunks.push(chunk),
                 pb::train_response::Kind::Report(report) => trained.reports.push(report),
+                pb::train_response::Kind::Teaching(progress) => trained.teaching.push(progress),
             }
         }
         Ok(trained)

@@ -5,3 +5,5 @@ mod harness;
 mod registration;
 mod rules;
 mod session;
+mod tasks;
+mod teaching;

@@ -1,6 +1,8 @@
 //! What a worker refuses, and with which status.
 
-use crate::harness::{Harness, SESSION, fixtures, load_request, request, source, start, toy};
+use crate::harness::{
+    Harness, SESSION, fixtures, load_request, request, source, start, task_file, tasks, toy,
+};
 use pruning::KeepMask;
 use tonic::{Code, Status};
 use wire::convert::mask;
@@ -58,7 +60,10 @@ async fn every_call_of_a_session_needs_the_current_one() {
                 }))
                 .await
                 .unwrap_err(),
-            client.evaluate(request(pb::EvaluateRequest { session_id: session_id() })).await.unwrap_err(),
+            client
+                .evaluate(request(pb::EvaluateRequest { session_id: session_id(), window_index: 0 }))
+                .await
+                .unwrap_err(),
             client
                 .checkpoint(request(pb::CheckpointRequest { session_id: session_id(), path: "/".into() }))
                 .await
@@ -110,6 +115,16 @@ async fn a_load_request_names_everything_that_is_wrong_with_it() {
                     Some(pb::EvaluationSpec { sources: vec![source("no.txt")], ..Default::default() });
             }),
             "evaluation.sources[0].path",
+        ),
+        (Box::new(|message| message.tasks = Some(pb::TaskSpec::default())), "tasks.files"),
+        (Box::new(|message| message.tasks = Some(tasks(&["/etc/passwd"]))), "tasks.files[0]"),
+        (Box::new(|message| message.tasks = Some(tasks(&[&task_file("contexts"), ""]))), "tasks.files[1]"),
+        (
+            Box::new(|message| {
+                let spec = tasks(&[&task_file("contexts")]);
+                message.tasks = Some(pb::TaskSpec { pass_tokens: Some(0), ..spec });
+            }),
+            "tasks.pass_tokens",
         ),
         (
             Box::new(move |message| {
@@ -309,7 +324,7 @@ async fn a_session_without_held_out_text_measures_nothing() {
     worker.client.load(request(pb::LoadRequest { evaluation: None, ..load_request() })).await.unwrap();
     let status = worker
         .client
-        .evaluate(request(pb::EvaluateRequest { session_id: SESSION.into() }))
+        .evaluate(request(pb::EvaluateRequest { session_id: SESSION.into(), window_index: 0 }))
         .await
         .unwrap_err();
     assert_refused(&status, Code::FailedPrecondition, Reason::Refused);

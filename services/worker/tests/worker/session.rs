@@ -50,7 +50,7 @@ async fn a_session_trains_prunes_measures_writes_and_exports() {
     let session_id = || SESSION.to_owned();
     let evaluated = worker
         .client
-        .evaluate(request(pb::EvaluateRequest { session_id: session_id() }))
+        .evaluate(request(pb::EvaluateRequest { session_id: session_id(), window_index: 0 }))
         .await
         .unwrap()
         .into_inner();
@@ -153,8 +153,11 @@ async fn a_session_that_only_measures_needs_no_training_data() {
     message.recipe = Some(pb::Recipe { steps: Some(0), ..Default::default() });
     let loaded = worker.client.load(request(message)).await.unwrap().into_inner();
     assert_eq!((loaded.data_sha256.as_str(), loaded.window_count), ("", 0));
-    let evaluated =
-        worker.client.evaluate(request(pb::EvaluateRequest { session_id: SESSION.into() })).await.unwrap();
+    let evaluated = worker
+        .client
+        .evaluate(request(pb::EvaluateRequest { session_id: SESSION.into(), window_index: 0 }))
+        .await
+        .unwrap();
     assert!(evaluated.into_inner().predicted_tokens > 0);
 }
 

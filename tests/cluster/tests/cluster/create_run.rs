@@ -192,7 +192,8 @@ async fn every_wrong_spec_is_refused_with_the_field_at_fault() {
             "spec.recipe.pruning.ramp",
             "leave no step",
             pruning(|p| {
-                p.ramp = Some(pb::Ramp { warmup: Some(0.5), cooldown: Some(0.9), every: Some(1) });
+                p.ramp =
+                    Some(pb::Ramp { warmup: Some(0.5), cooldown: Some(0.9), every: Some(1), shape: None });
             }),
         ),
         (
@@ -273,7 +274,7 @@ async fn calls_about_runs_that_are_not_there_or_not_ready_are_refused() {
         runs.cancel_run(pb::CancelRunRequest { id: id() }).await.unwrap_err(),
         runs.list_decisions(pb::ListDecisionsRequest { id: id() }).await.unwrap_err(),
         runs.get_keep_mask(pb::GetKeepMaskRequest { id: id(), generation: None }).await.unwrap_err(),
-        runs.evaluate_run(pb::EvaluateRunRequest { id: id(), evaluation: evaluation.clone() })
+        runs.evaluate_run(pb::EvaluateRunRequest { id: id(), evaluation: evaluation.clone(), tasks: None })
             .await
             .unwrap_err(),
         runs.export_run(pb::ExportRunRequest { id: id(), export: export("a") }).await.unwrap_err(),
@@ -293,12 +294,12 @@ async fn calls_about_runs_that_are_not_there_or_not_ready_are_refused() {
     let request = pb::GetKeepMaskRequest { id: id(), generation: Some(1) };
     let decision = runs.get_keep_mask(request).await.unwrap_err();
     assert_eq!((decision.code(), reason(&decision)), (Code::NotFound, Some(Reason::DecisionNotFound)));
-    let request = pb::EvaluateRunRequest { id: id(), evaluation: evaluation.clone() };
+    let request = pb::EvaluateRunRequest { id: id(), evaluation: evaluation.clone(), tasks: None };
     let early = runs.evaluate_run(request).await.unwrap_err();
     assert_eq!((early.code(), reason(&early)), (Code::FailedPrecondition, Some(Reason::RunNotReady)));
     let early = runs.export_run(pb::ExportRunRequest { id: id(), export: export("a") }).await.unwrap_err();
     assert_eq!((early.code(), reason(&early)), (Code::FailedPrecondition, Some(Reason::RunNotReady)));
-    let request = pb::EvaluateRunRequest { id: id(), evaluation: None };
+    let request = pb::EvaluateRunRequest { id: id(), evaluation: None, tasks: None };
     let wrong = runs.evaluate_run(request).await.unwrap_err();
     assert_eq!(violations(&wrong)[0].field, "evaluation.sources");
 

@@ -3,8 +3,8 @@
 use cluster_tests::{Cluster, LEASE_SECONDS, toy};
 use engine::toy::ToyFault;
 use engine::{
-    Engine, EngineError, ExportJob, ExportWritten, MaskApplied, NllSum, Rendezvous, ShardEngine, ShardSetup,
-    StepOutcome,
+    Engine, EngineError, ExportJob, ExportWritten, MaskApplied, NllSum, Prompt, Rendezvous, ShardEngine,
+    ShardSetup, StepOutcome,
 };
 use pruning::KeepMask;
 use std::path::Path;
@@ -39,18 +39,31 @@ impl ShardEngine for TamperedShard {
         self.0.join_group(rendezvous, host)
     }
 
+    fn teach(&mut self, rows: &[&[u32]]) -> Result<(), EngineError> {
+        self.0.teach(rows)
+    }
+
     fn train_step(&mut self, step: u64, micro_batches: &[Vec<&[u32]>]) -> Result<StepOutcome, EngineError> {
         let mut outcome = self.0.train_step(step, micro_batches)?;
         self.1(step, &mut outcome);
         Ok(outcome)
     }
 
-    fn apply_mask(&mut self, generation: u64, keep_mask: &KeepMask) -> Result<MaskApplied, EngineError> {
-        self.0.apply_mask(generation, keep_mask)
+    fn apply_mask(
+        &mut self,
+        generation: u64,
+        keep_mask: &KeepMask,
+        calibration: &[&[u32]],
+    ) -> Result<MaskApplied, EngineError> {
+        self.0.apply_mask(generation, keep_mask, calibration)
     }
 
     fn evaluate(&mut self, rows: &[&[u32]], rows_per_pass: usize) -> Result<NllSum, EngineError> {
         self.0.evaluate(rows, rows_per_pass)
+    }
+
+    fn continuation_log_likelihoods(&mut self, prompts: &[Prompt<'_>]) -> Result<Vec<Vec<f64>>, EngineError> {
+        self.0.continuation_log_likelihoods(prompts)
     }
 
     fn checkpoint(&mut self, file: &Path, prompts: &[Vec<u32>]) -> Result<String, EngineError> {

@@ -20,14 +20,20 @@ async fn a_watch_resumes_from_any_revision() {
         panic!("a run ends with its state")
     };
     assert_eq!(last.state(), RunState::Succeeded);
-    let steps: Vec<u64> =
-        live.iter()
-            .filter_map(|event| match event.kind.as_ref() {
-                Some(Kind::Step(step)) => Some(step.step),
-                Some(Kind::StateChange(_) | Kind::Decision(_) | Kind::Evaluation(_) | Kind::Export(_))
-                | None => None,
-            })
-            .collect();
+    let steps: Vec<u64> = live
+        .iter()
+        .filter_map(|event| match event.kind.as_ref() {
+            Some(Kind::Step(step)) => Some(step.step),
+            Some(
+                Kind::StateChange(_)
+                | Kind::Decision(_)
+                | Kind::Evaluation(_)
+                | Kind::Task(_)
+                | Kind::Export(_),
+            )
+            | None => None,
+        })
+        .collect();
     assert_eq!(steps, (0..8).collect::<Vec<_>>());
     for after in [0, 1, 7, live.len() as u64 - 1, live.len() as u64, 1_000_000, u64::MAX] {
         let replayed = cluster.watch(&created.id, after).await;

@@ -4,6 +4,7 @@ use cluster_tests::{Cluster, fixtures, in_time, toy};
 use engine::Engine;
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::Duration;
 use wire::pb;
 use wire::pb::RunState;
 use wire::pb::run_event::Kind;
@@ -68,6 +69,20 @@ async fn one_two_and_three_workers_decide_the_same_masks() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn teaching_may_take_longer_than_a_step_may_be_silent() {
+    // Silence is forgiven for 3 s; 8 passes of teaching take 4 s.
+    let mut cluster = Cluster::start_with(|config| config.step_deadline_seconds = 1).await;
+    let slow: Arc<dyn Engine> = Arc::new(toy().with_step_time(Duration::from_millis(500)));
+    cluster.add_workers(2, &slow).await;
+    let mut spec = cluster.spec(2, "out");
+    spec.recipe.as_mut().unwrap().distillation = Some(pb::Distillation::default());
+    let created = cluster.create(spec).await;
+    let run = cluster.ended(&created.id).await;
+    assert_eq!(run.state(), RunState::Succeeded, "{}", run.status_message);
+    assert_eq!(run.generation, 3);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn runs_queue_in_turn_for_the_same_workers() {
     let mut cluster = Cluster::start().await;
     let mut ids = Vec::new();
@@ -124,11 +139,27 @@ async fn an_exported_model_is_measured_and_written_again_by_one_idle_worker() {
         let entry = entry.unwrap();
         std::fs::copy(entry.path(), std::path::Path::new(&folder).join(entry.file_name())).unwrap();
     }
-    let request = pb::EvaluateRunRequest { id: run.id.clone(), evaluation: cluster.spec(1, "x").evaluation };
+    let evaluation = cluster.spec(1, "x").evaluation;
+    let request =
+        pb::EvaluateRunRequest { id: run.id.clone(), evaluation: evaluation.clone(), ..Default::default() };
     let measured = in_time("EvaluateRun", cluster.runs().evaluate_run(request)).await.unwrap().into_inner();
     let measured = measured.evaluation.unwrap();
     assert_eq!(measured.label, "exported");
     assert!(measured.perplexity.is_finite() && measured.predicted_tokens > 0);
+
+    let spec = pb::TaskSpec { log_likelihoods: true, ..tasks() };
+    let request = pb::EvaluateRunRequest { id: run.id.clone(), evaluation: None, tasks: Some(spec) };
+    let answered = in_time("EvaluateRun", cluster.runs().evaluate_run(request)).await.unwrap().into_inner();
+    assert!(answered.evaluation.is_none());
+    let choices: Vec<usize> = answered.task_results.iter().map(|task| task.log_likelihoods.len()).collect();
+    assert_eq!(choices, [6, 4]);
+
+    let evaluation = evaluation.map(|spec| pb::EvaluationSpec { more_window_tokens: vec![16], ..spec });
+    let request = pb::EvaluateRunRequest { id: run.id.clone(), evaluation, tasks: Some(tasks()) };
+    let both = in_time("EvaluateRun", cluster.runs().evaluate_run(request)).await.unwrap().into_inner();
+    assert_eq!(both.evaluation.unwrap().window_tokens, 32);
+    assert_eq!(both.more_evaluations[0].window_tokens, 16);
+    assert_eq!(both.task_results.len(), 2);
     cluster
         .until_workers("the worker to be idle", |workers| {
             workers.iter().all(|worker| worker.run_id.is_empty())
@@ -154,6 +185,54 @@ async fn a_run_without_steps_only_measures() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_run_measures_every_window_and_every_task() {
+    let mut cluster = Cluster::start().await;
+    cluster.add_workers(2, &engine()).await;
+    let mut spec = cluster.spec(2, "unused");
+    spec.export = None;
+    spec.evaluation.as_mut().unwrap().more_window_tokens = vec![16, 48];
+    spec.tasks = Some(tasks());
+    let run = cluster.create(spec).await;
+    let run = cluster.ended(&run.id).await;
+    assert_eq!(run.state(), RunState::Succeeded, "{}", run.status_message);
+    let windows: Vec<(&str, u32)> = run
+        .evaluations
+        .iter()
+        .map(|evaluation| (evaluation.label.as_str(), evaluation.window_tokens))
+        .collect();
+    assert_eq!(
+        windows,
+        [("dense", 32), ("dense", 16), ("dense", 48), ("pruned", 32), ("pruned", 16), ("pruned", 48)]
+    );
+    let measured: Vec<(&str, &str, u64)> =
+        run.task_results.iter().map(|task| (task.label.as_str(), task.task.as_str(), task.count)).collect();
+    assert_eq!(
+        measured,
+        [
+            ("dense", "beginnings", 2),
+            ("dense", "contexts", 2),
+            ("pruned", "beginnings", 2),
+            ("pruned", "contexts", 2)
+        ]
+    );
+    for task in &run.task_results {
+        assert_eq!(task.accuracy, task.correct as f64 / 2.0);
+        assert_eq!(task.accuracy_error, Some((task.accuracy * (1.0 - task.accuracy)).sqrt()));
+        assert_eq!(task.normalized_accuracy.is_some(), task.task == "beginnings");
+        assert!(task.log_likelihoods.is_empty(), "only the events carry them");
+    }
+}
+
+fn tasks() -> pb::TaskSpec {
+    let file = |name: &str| fixtures().join("tasks").join(name).display().to_string();
+    pb::TaskSpec {
+        files: vec![file("beginnings.jsonl"), file("contexts.jsonl")],
+        max_rows: 2,
+        ..Default::default()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_event_is_also_a_line_on_disk() {
     let mut cluster = Cluster::start().await;
     cluster.add_workers(2, &engine()).await;
@@ -166,6 +245,7 @@ async fn every_event_is_also_a_line_on_disk() {
             Kind::Step(_) => "step",
             Kind::Decision(_) => "decision",
             Kind::Evaluation(_) => "evaluation",
+            Kind::Task(_) => "task",
             Kind::Export(_) => "export",
         })
         .collect();

@@ -17,7 +17,7 @@ const LAYERS: [&[&str]; 10] = [
     &["engine-tch", "wire"],
     &["coordinator", "worker"],
     &["espalier"],
-    &["cluster-tests", "processes-tests", "tidy-tests"],
+    &["cluster-tests", "processes-tests", "tidy-tests", "benches"],
 ];
 
 /// From this layer on packages are programs and suites: nothing below may know them, not even in its tests.

@@ -1,6 +1,5 @@
-//! The response stream of Train: what the device thread sends, ended at once when the session is over.
+//! The response stream of Train and EvaluateTask: what the device thread sends, ended at once when the session is over.
 
-use crate::device_thread::TrainItem;
 use crate::session::SessionEnd;
 use std::future::Future;
 use std::pin::Pin;
@@ -8,26 +7,27 @@ use std::task::{Context, Poll};
 use tokio::sync::mpsc;
 use tokio_stream::Stream;
 use tokio_util::sync::WaitForCancellationFutureOwned;
+use tonic::Status;
 
 /// See the module. Dropping it tells the device thread that nobody listens.
-pub struct TrainStream {
-    items: mpsc::Receiver<TrainItem>,
+pub struct SessionStream<T> {
+    items: mpsc::Receiver<Result<T, Status>>,
     end: SessionEnd,
     over: Pin<Box<WaitForCancellationFutureOwned>>,
     ended: bool,
 }
 
-impl TrainStream {
-    pub(crate) fn new(items: mpsc::Receiver<TrainItem>, end: SessionEnd) -> Self {
+impl<T> SessionStream<T> {
+    pub(crate) fn new(items: mpsc::Receiver<Result<T, Status>>, end: SessionEnd) -> Self {
         let over = Box::pin(end.token().cancelled_owned());
         Self { items, end, over, ended: false }
     }
 }
 
-impl Stream for TrainStream {
-    type Item = TrainItem;
+impl<T> Stream for SessionStream<T> {
+    type Item = Result<T, Status>;
 
-    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<TrainItem>> {
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<T, Status>>> {
         if self.ended {
             return Poll::Ready(None);
         }

@@ -1,43 +1,12 @@
-//! Reductions between the ranks of one tensor-parallel group.
+//! Gloo over TCP, as it is inside libtorch, and the store in which its ranks meet. With libtorch's CUDA half it takes
+//! tensors of a GPU as well, through the host.
 
+use super::{Communicator, ReduceOp};
 use crate::fault::{Fault, Result};
 use crate::ffi;
 use std::ffi::{CString, c_int};
 use std::time::Duration;
 use tch::Tensor;
-
-/// Values follow c10d's `ReduceOp`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum ReduceOp {
-    Sum = 0,
-    Max = 4,
-}
-
-/// One rank's membership of a group. Every rank calls the same methods in the same order.
-pub(crate) trait Communicator {
-    fn tp_degree(&self) -> usize;
-
-    /// Replaces `values`, contiguous and of equal shape on all ranks, by the reduction over the ranks. All ranks get
-    /// the same bits.
-    fn all_reduce(&mut self, values: &mut Tensor, op: ReduceOp) -> Result<()>;
-
-    fn all_reduce_sum(&mut self, values: &mut Tensor) -> Result<()> {
-        self.all_reduce(values, ReduceOp::Sum)
-    }
-}
-
-/// A group of one: reductions are the identity.
-pub(crate) struct Alone;
-
-impl Communicator for Alone {
-    fn tp_degree(&self) -> usize {
-        1
-    }
-
-    fn all_reduce(&mut self, _values: &mut Tensor, _op: ReduceOp) -> Result<()> {
-        Ok(())
-    }
-}
 
 /// A key-value store over TCP in which ranks find each other.
 pub(crate) struct Store {
@@ -88,6 +57,7 @@ impl Drop for Store {
 /// Gloo over TCP, as it is inside libtorch.
 pub(crate) struct Gloo {
     raw: *mut ffi::RawGroup,
+    tp_rank: usize,
     tp_degree: usize,
     /// Outlives the group: rank 0's store is the server that the others talk to.
     _store: Store,
@@ -116,13 +86,17 @@ impl Gloo {
             )
         };
         ffi::check(message, Fault::Collective)?;
-        Ok(Self { raw, tp_degree, _store: store })
+        Ok(Self { raw, tp_rank, tp_degree, _store: store })
     }
 }
 
 impl Communicator for Gloo {
     fn tp_degree(&self) -> usize {
         self.tp_degree
+    }
+
+    fn tp_rank(&self) -> usize {
+        self.tp_rank
     }
 
     fn all_reduce(&mut self, values: &mut Tensor, op: ReduceOp) -> Result<()> {
