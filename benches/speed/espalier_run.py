@@ -8,6 +8,8 @@ import statistics
 
 from harness import BenchError, finish, start
 
+# Many decisions by LoRAPrune's scores, as published, whatever the default recipe is.
+PUBLISHED = {"criterion": "loraprune-code", "ramp_shape": "cubic", "compensation": "none"}
 LOG_LINE = re.compile(r"^(\S+Z)\s+[A-Z]+ (.*)$")
 
 

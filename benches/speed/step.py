@@ -10,6 +10,8 @@ DEADLINE_S = 3600
 THREADS = 2
 # Micro-batches of 4 x 256 tokens.
 TOKENS = {"1k": 1, "16k": 16}
+# The score that the straight PyTorch form computes too.
+CRITERION = '{"kind": "lora_prune", "form": "code"}'
 OURS, PEFT, SCORED = "ours", "peft", "peft with the score"
 
 
@@ -44,7 +46,8 @@ def measure(case, side, place):
     common = ["--rows", rows, "--window", window, "--micro", micro, "--threads", chosen["threads"], "--steps", steps]
     log = place.scratch / "step.log"
     if side == OURS:
-        words = [place.binary("examples/step"), "--random", shape.widths, *common, *(["--tied"] if shape.tied else [])]
+        words = [place.binary("examples/step"), "--random", shape.widths, "--criterion", CRITERION, *common]
+        words += ["--tied"] if shape.tied else []
     else:
         config = place.scratch / f"{shape.name}.json"
         write_config(shape, config)

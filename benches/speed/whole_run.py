@@ -4,7 +4,7 @@ import json
 import sys
 
 import shapes
-from espalier_run import prune
+from espalier_run import PUBLISHED, prune
 from harness import SCRIPTS, run
 
 DEADLINE_S = 3 * 3600
@@ -54,5 +54,5 @@ def measure(case, side, place):
     model = shapes.write_model(shape, place.scratch / "models" / shape.name)
     tokens = shapes.write_tokens(shape, place.scratch / f"{shape.name}.u16", 300_000)
     flags = schedule | {"rows": rows, "window_tokens": window, "workers": 1, "threads": chosen["threads"], "shrink": side}
-    flags |= {"dropout": 0.0, "compute": "f32", "shape": "uniform"}
+    flags |= PUBLISHED | {"dropout": 0.0, "compute": "f32", "shape": "uniform"}
     return prune(place, model, tokens, place.scratch / "run", flags, DEADLINE_S)

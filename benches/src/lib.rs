@@ -67,7 +67,7 @@ pub fn step_scores(dense: &ModelSpec, seed: u64) -> Result<StepScores, ScoreErro
 /// Half of the projection weights go, in this shape.
 #[must_use]
 pub fn half(shape: Shape) -> Pruning {
-    Pruning { shape, budget: Budget::Sparsity(0.5), ..Pruning::default() }
+    Pruning { shape, budget: Budget::Sparsity(0.5), ..Pruning::published() }
 }
 
 /// A run all of whose ranks have sent the scores of the step before a decision, and all but the last have ended it.
@@ -81,7 +81,7 @@ pub fn before_the_decision(
     shape: Shape,
     tp_degree: usize,
 ) -> Result<(Run, [Event; 2]), SetupError> {
-    let ramp = Ramp { warmup: 0.0, cooldown: 0.5, every: 1, ..Ramp::default() };
+    let ramp = Ramp { warmup: 0.0, cooldown: 0.5, every: 1, ..Ramp::published() };
     let recipe = Recipe { steps: 4, pruning: Some(Pruning { ramp, ..half(shape) }), ..Recipe::default() };
     let options = RunOptions { windows: 0, tasks: 0, exports: false, blame_grace: Duration::from_secs(5) };
     let setup = Arc::new(RunSetup::new(dense.clone(), recipe, tp_degree, options)?);

@@ -1,6 +1,6 @@
 //! One safetensors file, mapped, its header checked against the file before anything is believed.
 
-use memmap2::Mmap;
+use memmap2::{Mmap, UncheckedAdvice};
 use safetensors::SafeTensors;
 use safetensors::tensor::{Metadata, SafeTensorError};
 use serde_json::Value;
@@ -64,6 +64,11 @@ impl MappedFile {
         let (header_bytes, metadata) =
             SafeTensors::read_metadata(&map).map_err(|cause| explain(path, &map, cause))?;
         Ok(Self { path: path.to_owned(), data_start: LENGTH_BYTES + header_bytes, metadata, map })
+    }
+
+    pub(crate) fn release_pages(&self) -> io::Result<()> {
+        // SAFETY: the map shares the file's pages and is never written, so that what is dropped is read again as it was.
+        unsafe { self.map.unchecked_advise(UncheckedAdvice::DontNeed) }
     }
 }
 

@@ -133,6 +133,15 @@ impl Weights {
         self.inner.files.iter().map(|file| file.path.as_path())
     }
 
+    /// Gives back the pages read so far, which count as this process's memory until then. What is needed again is read
+    /// again, from the page cache while it lies there.
+    ///
+    /// # Errors
+    /// When the system refuses; nothing is lost then but memory.
+    pub fn release_pages(&self) -> io::Result<()> {
+        self.inner.files.iter().try_for_each(MappedFile::release_pages)
+    }
+
     /// Bytes of all tensors of the spec.
     #[must_use]
     pub fn total_bytes(&self) -> u64 {

@@ -6,7 +6,8 @@
 //! ```
 //!
 //! Prints a line for each step and, last, one JSON object with medians. Rates count 4 FLOP for each projection and head
-//! weight and token, beside the rate of a plain product taken between the steps.
+//! weight and token, beside the rate of a plain product taken between the steps: that of libtorch's own `mm`, and that of the
+//! routine which the engine has for frozen weights.
 
 mod step {
     pub(super) mod random_model;
@@ -14,8 +15,8 @@ mod step {
 
 use clap::Parser;
 use engine::{Engine, ShardSetup, StepOutcome};
-use engine_tch::TchEngine;
-use recipe::{Batch, Recipe};
+use engine_tch::{TchEngine, plain_product};
+use recipe::{Batch, Pruning, Recipe};
 use serde_json::json;
 use std::error::Error;
 use std::path::PathBuf;
@@ -83,6 +84,7 @@ impl Options {
     fn recipe(&self) -> Result<Recipe, Box<dyn Error>> {
         let mut recipe = Recipe {
             batch: Batch { rows: self.rows, window_tokens: self.window, micro_batches: self.micro },
+            pruning: Some(Pruning::published()),
             ..Recipe::default()
         };
         recipe.lora.dropout = self.dropout;
@@ -111,8 +113,7 @@ impl Options {
 struct Timed {
     seconds: f64,
     cpu_seconds: f64,
-    product_seconds: f64,
-    product_cpu_seconds: f64,
+    products: [ProductTime; 2],
     outcome: StepOutcome,
 }
 
@@ -152,29 +153,30 @@ fn main() -> Result<(), Box<dyn Error>> {
     let product = Product::new(options.device, compute == recipe::Compute::Bf16);
     let mut steps = Vec::new();
     for step in 0..=options.steps {
-        let (product_seconds, product_cpu_seconds) = product.time();
+        let products = product.times()?;
         synchronize(options.device);
         let (started, cpu) = (Instant::now(), cpu_seconds());
         let outcome = shard.train_step(step, &micro)?;
         synchronize(options.device);
         let (seconds, cpu_seconds) = (started.elapsed().as_secs_f64(), cpu_seconds() - cpu);
         println!(
-            "step {step}: {seconds:.3} s ({cpu_seconds:.2} CPU s), loss {:.4}, {:.1} GFLOP/s, a product {:.1} GFLOP/s, {}; \
-             {:.0} MB resident",
+            "step {step}: {seconds:.3} s ({cpu_seconds:.2} CPU s), loss {:.4}, {:.1} GFLOP/s, a product {:.1} GFLOP/s, by mm \
+             {:.1}, {}; {:.0} MB resident",
             outcome.loss,
             flop / seconds / 1e9,
-            product.flop / product_seconds / 1e9,
+            product.flop / products[0].seconds / 1e9,
+            product.flop / products[1].seconds / 1e9,
             phases(&outcome).map(|(name, seconds)| format!("{name} {:.1} ms", seconds * 1e3)).join(", "),
             shard.memory_bytes() as f64 / 1e6,
         );
         if step > 0 {
-            steps.push(Timed { seconds, cpu_seconds, product_seconds, product_cpu_seconds, outcome });
+            steps.push(Timed { seconds, cpu_seconds, products, outcome });
         }
     }
     let median_of = |value: &dyn Fn(&Timed) -> f64| median(steps.iter().map(value).collect());
     let seconds = median_of(&|step| step.seconds);
-    let product_seconds = median_of(&|step| step.product_seconds);
-    let product_per_cpu = product.flop / median_of(&|step| step.product_cpu_seconds);
+    let [product_seconds, mm_seconds] = [0, 1].map(|place| median_of(&|step| step.products[place].seconds));
+    let product_per_cpu = product.flop / median_of(&|step| step.products[0].cpu_seconds);
     let phases: serde_json::Map<String, serde_json::Value> = (0..5)
         .filter_map(|place| {
             let (name, _) = phases(&steps.first()?.outcome)[place];
@@ -194,6 +196,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             "tokens_per_s": batch.tokens_per_step() as f64 / seconds,
             "gflop_per_s": flop / seconds / 1e9,
             "product_gflop_per_s": product.flop / product_seconds / 1e9,
+            "mm_gflop_per_s": product.flop / mm_seconds / 1e9,
             "share_of_product": flop / seconds * product_seconds / product.flop,
             "share_of_product_in_cpu_seconds":
                 flop / median_of(&|step| step.cpu_seconds) / product_per_cpu,
@@ -217,6 +220,13 @@ fn phases(outcome: &StepOutcome) -> [(&'static str, f64); 5] {
     .map(|(name, time)| (name, time.as_secs_f64()))
 }
 
+/// By the clock, and of all threads.
+#[derive(Debug, Clone, Copy)]
+struct ProductTime {
+    seconds: f64,
+    cpu_seconds: f64,
+}
+
 /// The plain product that rates are held against.
 struct Product {
     factor: Tensor,
@@ -229,17 +239,26 @@ impl Product {
         let size: i64 = if device == Device::Cpu { 2048 } else { 8192 };
         let kind = if bf16 { Kind::BFloat16 } else { Kind::Float };
         let factor = Tensor::ones([size, size], (kind, device));
-        let _ = factor.matmul(&factor);
         Self { factor, device, flop: 2.0 * (size as f64).powi(3) }
     }
 
-    /// Seconds of one product, by the clock and of all threads.
-    fn time(&self) -> (f64, f64) {
+    /// Of one product by the engine's routine, and of one by `mm`.
+    fn times(&self) -> Result<[ProductTime; 2], Box<dyn Error>> {
+        Ok([
+            self.time(|factor| Ok(plain_product(factor, factor)?))?,
+            self.time(|factor| Ok(factor.f_mm(factor)?))?,
+        ])
+    }
+
+    fn time(
+        &self,
+        multiply: impl Fn(&Tensor) -> Result<Tensor, Box<dyn Error>>,
+    ) -> Result<ProductTime, Box<dyn Error>> {
         synchronize(self.device);
         let (started, cpu) = (Instant::now(), cpu_seconds());
-        let _ = self.factor.matmul(&self.factor);
+        multiply(&self.factor)?;
         synchronize(self.device);
-        (started.elapsed().as_secs_f64(), cpu_seconds() - cpu)
+        Ok(ProductTime { seconds: started.elapsed().as_secs_f64(), cpu_seconds: cpu_seconds() - cpu })
     }
 }
 

@@ -81,6 +81,7 @@ pub(crate) fn export(job: &ExportJob, logits_program: &Path) -> Result<ExportWri
         let (_, _, bytes) = to_bytes(&rounded)?;
         weight_bytes += bytes.len() as u64;
         writer.add_tensor(&name, &bytes).map_err(|e| file(&e))?;
+        source.release_pages();
     }
     writer.write_json("config.json", &config).map_err(|e| file(&e))?;
     for companion in source.folder()?.0.companion_files() {

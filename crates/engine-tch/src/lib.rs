@@ -29,6 +29,7 @@ mod teacher;
 
 pub use device::{DeviceError, DeviceMemory, device_memory, open_device, reset_peak, synchronize};
 pub use export::write_logits;
+pub use ops::matmul::plain_product;
 pub use shard::{TchEngine, check_nccl, has_kernels};
 pub use tch::Device;
 

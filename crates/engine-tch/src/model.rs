@@ -91,7 +91,11 @@ impl Model {
         let layers = held
             .iter()
             .enumerate()
-            .map(|(layer, held)| source.layer(layer, held, storage, compute, device))
+            .map(|(layer, held)| {
+                let loaded = source.layer(layer, held, storage, compute, device);
+                source.release_pages();
+                loaded
+            })
             .collect::<Result<_>>()?;
         let head = match spec.tie_word_embeddings {
             true => None,

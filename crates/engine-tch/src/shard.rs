@@ -141,6 +141,7 @@ impl Shard {
         let (storage, compute) = (FrozenFormat::of(precision.storage), compute_kind(precision.compute));
         let vocabulary = vocabulary_rows(spec.vocab_size, setup.tp_degree, setup.tp_rank);
         let model = Model::load(&source, held, vocabulary, storage, compute, device)?;
+        source.release_pages();
         let layout = FactorLayout::new(spec, held, setup.recipe.lora.rank);
         let master = if compute == Kind::Double { Kind::Double } else { Kind::Float };
         let factors = layout.fresh(spec, held, setup.recipe.seed, master, device)?;

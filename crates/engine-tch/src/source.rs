@@ -13,6 +13,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;
 use tch::{Device, Kind, Tensor};
+use tracing::debug;
 
 /// Where frozen weights come from.
 pub(crate) struct Source {
@@ -61,6 +62,15 @@ impl Source {
         match &self.origin {
             Origin::Folder { folder, weights } => Ok((folder, weights)),
             Origin::Random { .. } => Err(Fault::Refused("a random model has no files".into())),
+        }
+    }
+
+    /// Gives back the memory of what has been read.
+    pub(crate) fn release_pages(&self) {
+        if let Origin::Folder { weights, .. } = &self.origin
+            && let Err(error) = weights.release_pages()
+        {
+            debug!(%error, "pages of the model's files stay in memory");
         }
     }
 

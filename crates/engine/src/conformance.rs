@@ -5,7 +5,7 @@
 use crate::{Engine, EngineError, ProjectionScores, Prompt, ShardEngine, ShardSetup};
 use model_spec::{ModelSpec, Projection};
 use pruning::{KeepMask, LayerKeep};
-use recipe::{Batch, Recipe};
+use recipe::{Batch, Pruning, Recipe};
 use sha2::{Digest, Sha256};
 use std::fmt::Write as _;
 use std::path::Path;
@@ -48,7 +48,13 @@ impl Suite<'_> {
         let batch = Batch { window_tokens: WINDOW_TOKENS, rows: ROWS, micro_batches: 1 };
         ShardSetup {
             model: self.model.to_owned(),
-            recipe: Recipe { seed: 5, steps: 20, batch, ..Recipe::default() },
+            recipe: Recipe {
+                seed: 5,
+                steps: 20,
+                batch,
+                pruning: Some(Pruning::published()),
+                ..Recipe::default()
+            },
             tp_rank: 0,
             tp_degree: 1,
             collective_timeout: Duration::from_secs(10),

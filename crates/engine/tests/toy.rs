@@ -29,7 +29,7 @@ fn dense() -> ModelSpec {
 fn setup(tp_rank: usize, tp_degree: usize, shrink: Shrink) -> ShardSetup {
     ShardSetup {
         model: "/not/read".into(),
-        recipe: Recipe { pruning: Some(Pruning { shrink, ..Pruning::default() }), ..Recipe::default() },
+        recipe: Recipe { pruning: Some(Pruning { shrink, ..Pruning::published() }), ..Recipe::default() },
         tp_rank,
         tp_degree,
         collective_timeout: Duration::from_millis(50),

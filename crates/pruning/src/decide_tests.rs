@@ -9,7 +9,7 @@ const KV: HeadGrouping = HeadGrouping::KvGroups;
 const QUERIES: HeadGrouping = HeadGrouping::QueryHeads;
 
 fn pruning(shape: Shape, sparsity: f64) -> Pruning {
-    Pruning { shape, budget: Budget::Sparsity(sparsity), ..Pruning::default() }
+    Pruning { shape, budget: Budget::Sparsity(sparsity), ..Pruning::published() }
 }
 
 fn average(dense: &ModelSpec, grouping: HeadGrouping, layers: Vec<GroupImportance>) -> MovingAverage {

@@ -220,7 +220,7 @@ mod tests {
 
     fn legal(serve_tp: &[usize], channel_multiple: usize, head_grouping: HeadGrouping) -> LegalCounts {
         let pruning =
-            Pruning { serve_tp: serve_tp.to_vec(), channel_multiple, head_grouping, ..Pruning::default() };
+            Pruning { serve_tp: serve_tp.to_vec(), channel_multiple, head_grouping, ..Pruning::published() };
         LegalCounts::new(&pruning).unwrap()
     }
 
@@ -267,7 +267,7 @@ mod tests {
             (1, vec![2, 0], "pruning.serve_tp"),
             (usize::MAX, vec![2], "pruning.serve_tp"),
         ] {
-            let pruning = Pruning { channel_multiple, serve_tp, ..Pruning::default() };
+            let pruning = Pruning { channel_multiple, serve_tp, ..Pruning::published() };
             assert_eq!(LegalCounts::new(&pruning).unwrap_err().field, field);
         }
     }

@@ -189,7 +189,7 @@ proptest! {
             serve_tp,
             budget: Budget::Sparsity(sparsity),
             protection: Protection::Layers(if shape == Shape::Uniform { vec![] } else { protected }),
-            ..Pruning::default()
+            ..Pruning::published()
         };
         let Ok(target) = Target::resolve(&dense, &recipe) else { return Ok(()) };
         let mut shares = shares;

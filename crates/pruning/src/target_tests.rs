@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use recipe::{HeadGrouping, LoraPruneForm, Protection};
 
 fn uniform_at(sparsity: f64) -> Pruning {
-    Pruning { budget: Budget::Sparsity(sparsity), ..Pruning::default() }
+    Pruning { budget: Budget::Sparsity(sparsity), ..Pruning::published() }
 }
 
 fn final_counts(dense: &ModelSpec, pruning: &Pruning) -> Vec<LayerSpec> {
@@ -154,11 +154,11 @@ fn the_only_head_to_go_does_so_halfway_but_as_published_by_the_floor() {
 #[test]
 fn a_parameter_budget_is_met_to_within_a_channel_of_every_layer() {
     let dense = llama(4096, 32, 32, 11_008);
-    let pruning = Pruning { budget: Budget::Parameters(3_500_000_000), ..Pruning::default() };
+    let pruning = Pruning { budget: Budget::Parameters(3_500_000_000), ..Pruning::published() };
     let summary = *Target::resolve(&dense, &pruning).unwrap().summary();
     assert!(summary.kept_parameters <= 3_500_000_000);
     assert!(summary.kept_parameters + 32 * 3 * 4096 > 3_500_000_000);
-    let all = Pruning { budget: Budget::Parameters(dense.parameter_count()), ..Pruning::default() };
+    let all = Pruning { budget: Budget::Parameters(dense.parameter_count()), ..Pruning::published() };
     assert_eq!(final_counts(&dense, &all), dense.layers);
 }
 
@@ -199,7 +199,7 @@ fn the_stock_architecture_follows_from_the_final_widths() {
 
 #[test]
 fn what_cannot_be_met_is_refused_by_field_with_the_reason_and_what_is_possible() {
-    let base = Pruning::default();
+    let base = Pruning::published();
     let smol = smollm2();
     let mut uneven = smol.clone();
     uneven.layers[3].intermediate_size = 1000;

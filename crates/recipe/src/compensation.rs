@@ -2,11 +2,10 @@ use crate::{Storage, Violations};
 use serde::{Deserialize, Serialize};
 
 /// What happens to the columns of o and down that stay when a mask decision removes others.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Compensation {
     /// Nothing: tuning alone makes up for what went.
-    #[default]
     None,
     /// They change so that the matrix gives what it gave before, as nearly as calibration text allows.
     LeastSquares(LeastSquares),
@@ -36,6 +35,12 @@ pub enum CompensationTarget {
     Stream,
 }
 
+impl Default for Compensation {
+    fn default() -> Self {
+        Self::LeastSquares(LeastSquares::default())
+    }
+}
+
 impl Default for LeastSquares {
     fn default() -> Self {
         Self { windows: 48, damping: 0.01, target: CompensationTarget::Layer }
@@ -62,7 +67,8 @@ impl Compensation {
             Storage::Int8 | Storage::Nf4 => true,
         };
         found.require(!quantised, "pruning.compensation", || {
-            "changes weights, which a quantised `precision.storage` could not hold as they come out; use f32 or bf16"
+            "changes weights, which a quantised `precision.storage` could not hold as they come out; store in f32 or bf16, \
+             or choose no compensation"
                 .into()
         });
     }

@@ -1,7 +1,7 @@
 use serde::{Deserialize, Serialize};
 
 /// The formula behind a group's importance. `pruning::criterion` holds the plain references.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Criterion {
     /// LoRA-guided: the weight gradient is read off the gradients of the LoRA factors (arXiv:2305.18403, eq. 10).
@@ -16,6 +16,7 @@ pub enum Criterion {
     Magnitude,
     /// Squared weights of o and down times the squares of their inputs, summed over a group's columns (Wanda,
     /// arXiv:2306.11695, in its structured form). Reads the inputs of the training passes: no gradient, and no more memory.
+    #[default]
     Wanda,
     /// A fixed random order, keyed by the recipe's seed: the floor that a criterion must beat.
     Random,
@@ -30,12 +31,6 @@ pub enum LoraPruneForm {
     Code,
     /// Square, plain sum: the equations of the paper.
     Paper,
-}
-
-impl Default for Criterion {
-    fn default() -> Self {
-        Self::LoraPrune { form: LoraPruneForm::Code }
-    }
 }
 
 impl Criterion {

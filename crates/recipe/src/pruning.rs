@@ -1,4 +1,4 @@
-use crate::{Compensation, Criterion, Ramp, Violations, in_unit_interval};
+use crate::{Compensation, Criterion, LoraPruneForm, Ramp, Violations, in_unit_interval};
 use serde::{Deserialize, Serialize};
 
 /// What is removed, how much of it, and by which rule.
@@ -73,6 +73,8 @@ pub enum Shrink {
     Never,
 }
 
+/// What is best in `docs/results.md`: everything goes early and at once by what flows through it, what stays is refitted, and
+/// nearly all steps tune the final structure.
 impl Default for Pruning {
     fn default() -> Self {
         Self {
@@ -86,7 +88,20 @@ impl Default for Pruning {
             channel_multiple: 1,
             serve_tp: Vec::new(),
             shrink: Shrink::Live,
+            compensation: Compensation::default(),
+        }
+    }
+}
+
+impl Pruning {
+    /// LoRAPrune as its authors' code has it (arXiv:2305.18403): LoRA-guided scores, a cubic ramp, nothing refitted.
+    #[must_use]
+    pub fn published() -> Self {
+        Self {
+            criterion: Criterion::LoraPrune { form: LoraPruneForm::Code },
+            ramp: Ramp::published(),
             compensation: Compensation::None,
+            ..Self::default()
         }
     }
 }

@@ -81,7 +81,8 @@ fn every_member_of_every_choice_survives_the_round_trip() {
 fn every_pair_of_number_formats_survives_the_round_trip() {
     for compute in [Compute::F32, Compute::F64, Compute::Bf16] {
         for storage in [Storage::F32, Storage::F64, Storage::Bf16, Storage::Int8, Storage::Nf4] {
-            let recipe = Recipe { precision: Precision { compute, storage }, ..Recipe::default() };
+            let pruning = Some(Pruning::published());
+            let recipe = Recipe { precision: Precision { compute, storage }, pruning, ..Recipe::default() };
             let checked = recipe_message::checked(Some(recipe_message::to_pb(&recipe)), "");
             if recipe.violations().is_empty() {
                 assert_eq!(checked, Ok(recipe));
@@ -112,9 +113,11 @@ fn choices_of_schedule_and_loss_survive_the_round_trip() {
             }
         }
     }
-    for target in [CompensationTarget::Layer, CompensationTarget::Stream] {
-        let choice = LeastSquares { windows: 7, damping: 0.25, target };
-        let pruning = Pruning { compensation: Compensation::LeastSquares(choice), ..Pruning::default() };
+    let fitted = |target| Compensation::LeastSquares(LeastSquares { windows: 7, damping: 0.25, target });
+    for compensation in
+        [Compensation::None, fitted(CompensationTarget::Layer), fitted(CompensationTarget::Stream)]
+    {
+        let pruning = Pruning { compensation, ..Pruning::default() };
         let recipe = Recipe { pruning: Some(pruning), ..Recipe::default() };
         assert_eq!(recipe_message::checked(Some(recipe_message::to_pb(&recipe)), ""), Ok(recipe));
     }
@@ -146,7 +149,10 @@ fn an_unknown_or_unspecified_enum_is_refused_by_its_path() {
                     criterion: Some(number),
                     head_grouping: Some(number),
                     shrink: Some(number),
-                    least_squares: Some(pb::LeastSquares { target: Some(number), ..Default::default() }),
+                    compensation: Some(pb::pruning::Compensation::LeastSquares(pb::LeastSquares {
+                        target: Some(number),
+                        ..Default::default()
+                    })),
                     ramp: Some(pb::Ramp { shape: Some(number), ..Default::default() }),
                     ..Default::default()
                 }),

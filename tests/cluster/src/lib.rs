@@ -183,12 +183,14 @@ impl Cluster {
                 steps: Some(8),
                 batch: Some(pb::Batch { window_tokens: Some(16), rows: Some(2), micro_batches: Some(1) }),
                 pruning: Some(pb::Pruning {
+                    criterion: Some(pb::Criterion::LorapruneCode.into()),
                     ramp: Some(pb::Ramp {
                         warmup: Some(0.1),
                         cooldown: Some(0.2),
                         every: Some(2),
                         shape: None,
                     }),
+                    compensation: Some(pb::pruning::Compensation::NoCompensation(pb::NoCompensation {})),
                     ..Default::default()
                 }),
                 ..Default::default()

@@ -13,19 +13,20 @@ struct Outcome {
     removals: String,
 }
 
-fn prune(workers: &str, [compute, storage]: [&str; 2], shape: &str, out: &Path) -> Outcome {
-    let _ = Tool::espalier(
-        "prune --window-tokens 32 --rows 2 --lora-rank 4 --threads 1 --steps 20 --every 3 --dropout 0.1",
-    )
-    .flag("--model", fixture("models/gqa"))
-    .flag("--data", fixture("text/tiny.txt"))
-    .flag("--compute", compute)
-    .flag("--storage", storage)
-    .flag("--shape", shape)
-    .flag("--workers", workers)
-    .flag("--out", out)
-    .run(DEADLINE)
-    .expect_success();
+const PUBLISHED: &str = "--criterion loraprune-code --every 3 --compensation none";
+
+fn prune(workers: &str, [compute, storage]: [&str; 2], method: &str, out: &Path) -> Outcome {
+    let _ =
+        Tool::espalier("prune --window-tokens 32 --rows 2 --lora-rank 4 --threads 1 --steps 20 --dropout 0.1")
+            .args(method.split_whitespace())
+            .flag("--model", fixture("models/gqa"))
+            .flag("--data", fixture("text/tiny.txt"))
+            .flag("--compute", compute)
+            .flag("--storage", storage)
+            .flag("--workers", workers)
+            .flag("--out", out)
+            .run(DEADLINE)
+            .expect_success();
     let text = fs::read_to_string(out.join("events.jsonl")).unwrap();
     let events = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
     Outcome {
@@ -37,27 +38,33 @@ fn prune(workers: &str, [compute, storage]: [&str; 2], shape: &str, out: &Path) 
 #[test]
 fn one_two_and_three_worker_processes_compute_the_same_run() {
     let folder = tempfile::tempdir().unwrap();
-    for (formats, shape, bound) in [
-        (["f64", "f64"], "uniform", 1e-10),
-        (["f32", "f32"], "uniform", 1e-4),
-        (["f64", "f64"], "global", 1e-10),
-        (["f32", "int8"], "uniform", 1e-4),
-        (["f64", "nf4"], "uniform", 1e-10),
-    ] {
+    let global = format!("{PUBLISHED} --shape global");
+    for (place, (formats, method, bound)) in [
+        (["f64", "f64"], PUBLISHED, 1e-10),
+        (["f32", "f32"], PUBLISHED, 1e-4),
+        (["f64", "f64"], &global, 1e-10),
+        (["f32", "int8"], PUBLISHED, 1e-4),
+        (["f64", "nf4"], PUBLISHED, 1e-10),
+        // The default recipe.
+        (["f64", "f64"], "", 1e-10),
+        (["f32", "f32"], "", 1e-4),
+    ]
+    .into_iter()
+    .enumerate()
+    {
         let precision = formats.join("-");
-        let run = |workers: &str| {
-            prune(workers, formats, shape, &folder.path().join(format!("{precision}-{shape}-{workers}")))
-        };
+        let run =
+            |workers: &str| prune(workers, formats, method, &folder.path().join(format!("{place}-{workers}")));
         let one = run("1");
         assert_eq!(one.losses.len(), 20);
         for workers in ["2", "3"] {
             let many = run(workers);
-            assert_eq!(many.removals, one.removals, "{precision} {shape}: other masks on {workers} workers");
+            assert_eq!(many.removals, one.removals, "{precision} {method}: other masks on {workers} workers");
             for (step, (one, many)) in one.losses.iter().zip(&many.losses).enumerate() {
                 let difference = ((one - many) / one).abs();
                 assert!(
                     difference <= bound,
-                    "{precision} {shape}, step {step}: loss {one} on one worker, {many} on {workers}"
+                    "{precision} {method}, step {step}: loss {one} on one worker, {many} on {workers}"
                 );
             }
         }

@@ -5,7 +5,7 @@ use engine::{CollectiveBackend, Engine, Rendezvous, ShardEngine, ShardSetup, Ste
 use engine_tch::{Device, TchEngine};
 use model_spec::{ModelSpec, Projection};
 use pruning::{KeepMask, MovingAverage, ScoreAssembly, Target, combine, decide};
-use recipe::{Batch, Budget, Recipe};
+use recipe::{Batch, Budget, Pruning, Ramp, Recipe};
 use serde_json::{Value, json};
 use sharding::{Placement, RankLayer};
 use std::error::Error;
@@ -73,15 +73,14 @@ pub(super) fn answer(options: &RunOptions) -> Result<Value, Failure> {
 }
 
 fn recipe(options: &RunOptions) -> Result<Recipe, Failure> {
+    let ramp = Ramp { every: 4, ..Ramp::published() };
     let mut recipe = Recipe {
         steps: options.steps,
         batch: Batch { window_tokens: 32, rows: 2, micro_batches: 2 },
+        pruning: Some(Pruning { ramp, budget: Budget::Sparsity(0.3), ..Pruning::published() }),
         ..Recipe::default()
     };
     options.formats.set(&mut recipe)?;
-    let Some(pruning) = &mut recipe.pruning else { return Err("the default recipe prunes".into()) };
-    pruning.budget = Budget::Sparsity(0.3);
-    pruning.ramp.every = 4;
     Ok(recipe)
 }
 

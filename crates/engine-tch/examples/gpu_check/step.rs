@@ -5,7 +5,7 @@ use engine::{Engine, ShardEngine, ShardSetup, StepOutcome};
 use engine_tch::{Device, TchEngine, device_memory, reset_peak, synchronize};
 use model_spec::{Family, LayerSpec, ModelSpec, Rope, RopeScaling};
 use pruning::{KeepMask, LayerKeep};
-use recipe::{Batch, Recipe};
+use recipe::{Batch, Pruning, Recipe};
 use serde_json::{Value, json};
 use std::error::Error;
 use std::time::Instant;
@@ -48,6 +48,7 @@ pub(super) fn answer(options: &StepOptions) -> Result<Value, Failure> {
     let spec = spec(options)?;
     let mut recipe = Recipe {
         batch: Batch { window_tokens: options.window, rows: options.rows, micro_batches: options.micro },
+        pruning: Some(Pruning::published()),
         ..Recipe::default()
     };
     recipe.lora.rank = options.lora_rank;

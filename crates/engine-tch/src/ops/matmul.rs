@@ -2,7 +2,16 @@
 
 use crate::fault::{Fault, Result};
 use crate::ffi::{self, raw};
+use engine::EngineError;
 use tch::{Device, Tensor};
+
+/// `left right`, both `[n, n]`, by the routine that multiplies with frozen weights: what the rate of a step is held against.
+///
+/// # Errors
+/// When shapes or formats do not fit.
+pub fn plain_product(left: &Tensor, right: &Tensor) -> std::result::Result<Tensor, EngineError> {
+    Ok(product(left, right)?)
+}
 
 /// `left right`; either may be the transposed view of a contiguous matrix.
 pub(crate) fn product(left: &Tensor, right: &Tensor) -> Result<Tensor> {

@@ -12,7 +12,7 @@ use crate::shard::Shard;
 use engine::{ShardEngine, ShardSetup};
 use model_spec::{ModelSpec, Projection};
 use pruning::criterion::{self, AdaptedWeight, LoraGradients};
-use recipe::{Batch, Compute, Criterion, LoraPruneForm, Precision, Recipe, Storage};
+use recipe::{Batch, Compute, Criterion, LoraPruneForm, Precision, Pruning, Recipe, Storage};
 use std::time::Duration;
 use tch::{Device, Kind, Tensor};
 
@@ -24,6 +24,7 @@ fn recipe(criterion: Criterion) -> Recipe {
         batch: Batch { window_tokens: 9, rows: 2, micro_batches: 1 },
         max_grad_norm: None,
         precision: Precision { compute: Compute::F64, storage: Storage::F64 },
+        pruning: Some(Pruning::published()),
         ..Recipe::default()
     };
     recipe.lora = recipe::Lora { rank: RANK, alpha: 6.0, dropout: 0.0 };

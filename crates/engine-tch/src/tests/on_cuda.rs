@@ -13,7 +13,7 @@ use crate::shard::Shard;
 use crate::source::Source;
 use engine::{CollectiveBackend, EngineError, ShardEngine, ShardSetup};
 use model_spec::{Projection, Split};
-use recipe::{Batch, Compute, Precision, Recipe, Storage};
+use recipe::{Batch, Compute, Precision, Pruning, Recipe, Storage};
 use std::ffi::CString;
 use std::path::Path;
 use std::process::Command;
@@ -269,6 +269,7 @@ fn setup(model: &str, precision: Precision) -> ShardSetup {
         steps: 10,
         batch: Batch { window_tokens: 9, rows: 2, micro_batches: 1 },
         precision,
+        pruning: Some(Pruning::published()),
         ..Recipe::default()
     };
     recipe.lora = recipe::Lora { rank: 4, alpha: 8.0, dropout: 0.1 };

@@ -7,7 +7,7 @@ use crate::shard::Shard;
 use crate::source::Source;
 use engine::{ShardEngine, ShardSetup};
 use model_spec::{ModelSpec, Projection, Split};
-use recipe::{Batch, Compute, Precision, Recipe, Shrink, Storage};
+use recipe::{Batch, Compute, Precision, Pruning, Recipe, Shrink, Storage};
 use std::path::Path;
 use std::time::Duration;
 use tch::{Device, Kind, Tensor};
@@ -56,6 +56,7 @@ fn shard(model: &Path, storage: Storage, compute: Compute) -> Shard {
         batch: Batch { window_tokens: 9, rows: 2, micro_batches: 1 },
         max_grad_norm: None,
         precision: Precision { compute, storage },
+        pruning: Some(Pruning::published()),
         ..Recipe::default()
     };
     recipe.lora = recipe::Lora { rank: 4, alpha: 8.0, dropout: 0.0 };

@@ -330,7 +330,7 @@ fn while_rank_zero_exports_the_others_may_leave() {
 
 #[test]
 fn a_setup_that_cannot_be_names_all_that_is_wrong() {
-    let pruning = Pruning { budget: Budget::Sparsity(1.5), channel_multiple: 0, ..Pruning::default() };
+    let pruning = Pruning { budget: Budget::Sparsity(1.5), channel_multiple: 0, ..Pruning::published() };
     let error =
         RunSetup::new(model(), Recipe { pruning: Some(pruning), ..recipe() }, 7, options()).unwrap_err();
     let fields: Vec<&str> = error.recipe.iter().map(|violation| violation.field.as_str()).collect();

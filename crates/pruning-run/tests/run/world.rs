@@ -31,8 +31,8 @@ pub(crate) fn model() -> ModelSpec {
 
 /// Ten steps with decisions after steps 2, 4, 6 and 8.
 pub(crate) fn recipe() -> Recipe {
-    let ramp = Ramp { warmup: 0.1, cooldown: 0.2, every: 2, ..Ramp::default() };
-    Recipe { steps: 10, pruning: Some(Pruning { ramp, ..Pruning::default() }), ..Recipe::default() }
+    let ramp = Ramp { warmup: 0.1, cooldown: 0.2, every: 2, ..Ramp::published() };
+    Recipe { steps: 10, pruning: Some(Pruning { ramp, ..Pruning::published() }), ..Recipe::default() }
 }
 
 /// Two of four rows right.

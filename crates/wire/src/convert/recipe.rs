@@ -6,7 +6,7 @@ use crate::{limits, pb};
 use recipe::{
     AdamW, Batch, Budget, Compensation, CompensationTarget, Compute, Criterion, Decay, Distillation,
     FieldViolation, HeadGrouping, LearningRate, LeastSquares, Lora, LoraPruneForm, Optimizer, Precision,
-    Protection, Pruning, Ramp, RampShape, Recipe, Recompute, Recovery, Shape, Shrink, Storage,
+    Protection, Pruning, Ramp, RampChoice, RampShape, Recipe, Recompute, Recovery, Shape, Shrink, Storage,
 };
 
 /// A recipe that has passed every check that needs no model, defaults filled in.
@@ -246,9 +246,12 @@ fn pruning(message: pb::Pruning, path: &str, found: &mut Violations) -> Pruning 
             "SHRINK_LIVE or SHRINK_NEVER",
             found,
         ),
-        compensation: match message.least_squares {
-            None => Compensation::None,
-            Some(message) => Compensation::LeastSquares(least_squares(message, &at("least_squares"), found)),
+        compensation: match message.compensation {
+            None => default.compensation,
+            Some(pb::pruning::Compensation::NoCompensation(_)) => Compensation::None,
+            Some(pb::pruning::Compensation::LeastSquares(message)) => {
+                Compensation::LeastSquares(least_squares(message, &at("least_squares"), found))
+            }
         },
     }
 }
@@ -274,14 +277,10 @@ fn least_squares(message: pb::LeastSquares, path: &str, found: &mut Violations) 
 }
 
 fn ramp(message: pb::Ramp, path: &str, found: &mut Violations) -> Ramp {
-    let default = Ramp::default();
-    Ramp {
-        warmup: message.warmup.unwrap_or(default.warmup),
-        cooldown: message.cooldown.unwrap_or(default.cooldown),
-        every: message.every.unwrap_or(default.every),
-        shape: enum_field(
-            message.shape,
-            default.shape,
+    let shape = message.shape.map(|shape| {
+        enum_field(
+            Some(shape),
+            Ramp::default().shape,
             |member| match member {
                 pb::RampShape::Unspecified => None,
                 pb::RampShape::Cubic => Some(RampShape::Cubic),
@@ -290,8 +289,9 @@ fn ramp(message: pb::Ramp, path: &str, found: &mut Violations) -> Ramp {
             &below(path, "shape"),
             "RAMP_SHAPE_CUBIC or RAMP_SHAPE_ONE_SHOT",
             found,
-        ),
-    }
+        )
+    });
+    RampChoice { warmup: message.warmup, cooldown: message.cooldown, every: message.every, shape }.into()
 }
 
 fn precision(message: pb::Precision, path: &str, found: &mut Violations) -> Precision {
@@ -467,7 +467,14 @@ fn pruning_to_pb(pruning: &Pruning) -> pb::Pruning {
         channel_multiple: Some(narrow(pruning.channel_multiple)),
         serve_tp: pruning.serve_tp.iter().map(|&degree| narrow(degree)).collect(),
         shrink: Some(shrink.into()),
-        least_squares: pruning.compensation.least_squares().map(|choice| pb::LeastSquares {
+        compensation: Some(compensation_to_pb(pruning.compensation)),
+    }
+}
+
+fn compensation_to_pb(compensation: Compensation) -> pb::pruning::Compensation {
+    match compensation {
+        Compensation::None => pb::pruning::Compensation::NoCompensation(pb::NoCompensation {}),
+        Compensation::LeastSquares(choice) => pb::pruning::Compensation::LeastSquares(pb::LeastSquares {
             windows: Some(narrow(choice.windows)),
             damping: Some(choice.damping),
             target: Some(

@@ -1,7 +1,7 @@
 use clap::{Args, ValueEnum};
 use recipe::{
     Budget, Compensation, CompensationTarget, Compute, Criterion, Distillation, HeadGrouping, LeastSquares,
-    LoraPruneForm, Protection, Pruning, RampShape, Recipe, Recompute, Recovery, Shape, Shrink, Storage,
+    LoraPruneForm, Protection, Pruning, RampChoice, RampShape, Recipe, Recompute, Recovery, Shape, Shrink, Storage,
 };
 
 /// Flags that override a recipe, each named as the field that it sets.
@@ -19,7 +19,7 @@ pub(crate) struct RecipeFlags {
     /// Parameters of the whole model that stay, instead of a sparsity
     #[arg(long, value_name = "N", help_heading = "Pruning")]
     pub parameters: Option<u64>,
-    /// Formula behind a group's importance [default: loraprune-code]
+    /// Formula behind a group's importance [default: wanda]
     #[arg(long, value_name = "NAME", help_heading = "Pruning")]
     pub criterion: Option<CriterionName>,
     /// Widths that the layers of the result may have [default: uniform]
@@ -40,7 +40,7 @@ pub(crate) struct RecipeFlags {
     /// Slice the tensors at every decision, or only mask them (slower, the same result) [default: live]
     #[arg(long, value_name = "WHEN", help_heading = "Pruning")]
     pub shrink: Option<ShrinkName>,
-    /// Change what stays of o_proj and down_proj to make up for what goes [default: none]
+    /// Change what stays of o_proj and down_proj to make up for what goes [default: layer]
     #[arg(long, value_name = "NAME", help_heading = "Pruning")]
     pub compensation: Option<CompensationName>,
     /// Windows of training text that the compensation is fitted to [default: 48]
@@ -49,16 +49,16 @@ pub(crate) struct RecipeFlags {
     /// Added to the second moments' diagonal, as a share of its mean [default: 0.01]
     #[arg(long, value_name = "FRACTION", allow_negative_numbers = true, help_heading = "Pruning")]
     pub compensation_damping: Option<f64>,
-    /// Fraction of the steps before anything is removed [default: 0.1]
+    /// Fraction of the steps before anything is removed [default: 0.05, or 0.1 with a cubic ramp]
     #[arg(long, value_name = "FRACTION", allow_negative_numbers = true, help_heading = "Pruning")]
     pub warmup: Option<f64>,
-    /// Fraction of the steps after the last removal [default: 0.1]
+    /// Fraction of the steps after the last removal, with a cubic ramp [default: 0.1]
     #[arg(long, value_name = "FRACTION", allow_negative_numbers = true, help_heading = "Pruning")]
     pub cooldown: Option<f64>,
-    /// Steps between mask decisions [default: 10]
+    /// Steps between mask decisions, with a cubic ramp [default: 10]
     #[arg(long, value_name = "STEPS", help_heading = "Pruning")]
     pub every: Option<u64>,
-    /// How the removal is spread over the steps between [default: cubic]
+    /// How the removal is spread over the steps [default: one-shot, or cubic with --cooldown or --every]
     #[arg(long, value_name = "NAME", help_heading = "Pruning")]
     pub ramp_shape: Option<RampShapeName>,
     /// Optimizer steps [default: 200]
@@ -267,10 +267,12 @@ impl RecipeFlags {
         set(&mut pruning.serve_tp, self.serve_tp.clone());
         set(&mut pruning.protection, self.protect.clone().map(Protection::Layers));
         set(&mut pruning.shrink, self.shrink.map(ShrinkName::choice));
-        set(&mut pruning.ramp.warmup, self.warmup);
-        set(&mut pruning.ramp.cooldown, self.cooldown);
-        set(&mut pruning.ramp.every, self.every);
-        set(&mut pruning.ramp.shape, self.ramp_shape.map(RampShapeName::choice));
+        pruning.ramp = pruning.ramp.changed_by(RampChoice {
+            warmup: self.warmup,
+            cooldown: self.cooldown,
+            every: self.every,
+            shape: self.ramp_shape.map(RampShapeName::choice),
+        });
         self.apply_compensation(&mut pruning.compensation);
     }
 
@@ -395,6 +397,7 @@ impl RecomputeName {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use recipe::Ramp;
 
     #[test]
     fn no_flag_changes_nothing() {
@@ -410,7 +413,7 @@ mod tests {
             criterion: Some(CriterionName::LoraPrunePaper),
             protect: Some(vec![0, 3]),
             steps: Some(9),
-            ramp_shape: Some(RampShapeName::OneShot),
+            ramp_shape: Some(RampShapeName::Cubic),
             recovery: Some(RecoveryName::Hold),
             distill: Some(0.7),
             storage: Some(StorageName::Bf16),
@@ -426,7 +429,7 @@ mod tests {
         pruning.budget = Budget::Sparsity(0.3);
         pruning.criterion = Criterion::LoraPrune { form: LoraPruneForm::Paper };
         pruning.protection = Protection::Layers(vec![0, 3]);
-        pruning.ramp.shape = RampShape::OneShot;
+        pruning.ramp = Ramp::published();
         assert_eq!(recipe, expected);
     }
 

@@ -201,7 +201,7 @@ pub(crate) fn load_request() -> pb::LoadRequest {
             seed: 7,
             steps: Some(12),
             batch: Some(pb::Batch { window_tokens: Some(32), rows: Some(2), micro_batches: Some(2) }),
-            pruning: Some(pb::Pruning::default()),
+            pruning: Some(published()),
             ..Default::default()
         }),
         tp_rank: 0,
@@ -213,6 +213,16 @@ pub(crate) fn load_request() -> pb::LoadRequest {
             ..Default::default()
         }),
         tasks: None,
+    }
+}
+
+/// LoRAPrune as published: a decision every ten steps.
+pub(crate) fn published() -> pb::Pruning {
+    pb::Pruning {
+        criterion: Some(pb::Criterion::LorapruneCode.into()),
+        ramp: Some(pb::Ramp { shape: Some(pb::RampShape::Cubic.into()), ..Default::default() }),
+        compensation: Some(pb::pruning::Compensation::NoCompensation(pb::NoCompensation {})),
+        ..Default::default()
     }
 }
 
