@@ -16,7 +16,7 @@ def draw(figures, path):
     setting = figures.setting
     text = setting.perplexity[0]
     window = text.windows[0]
-    rows = [row for row in setting.rows if row.trained]
+    rows = [row for row in setting.compared if row.trained]
     plt.rcParams.update({"font.size": 9, "font.family": "DejaVu Sans", "axes.spines.top": False, "axes.spines.right": False})
     panels = list(setting.goal.ratio)
     figure, axes = plt.subplots(1, len(panels), figsize=(4.9 * len(panels), 0.32 * len(rows) + 1.3), sharey=True, squeeze=False)

@@ -23,6 +23,8 @@ class Row:
     trained: bool = True
     pruned: bool = True
     decide_after_step: int | None = None
+    # A variant that tells what one choice does: made at the first sparsity and seed alone, shown in a table of its own.
+    ablation: bool = False
 
     def recipe_text(self):
         """The recipe without comments: what a change of makes the row's cells stale."""
@@ -124,6 +126,11 @@ class Setting:
     def training_tokens(self):
         return self.training["steps"] * self.tokens_per_step
 
+    @property
+    def compared(self):
+        """The rows of the tables, without ablations."""
+        return [row for row in self.rows if not row.ablation]
+
     def row(self, name):
         for row in self.rows:
             if row.name == name:
@@ -139,7 +146,14 @@ class Setting:
         there early makes a whole table."""
         passes = [(sparsity, [seeds[0]]) for sparsity in sparsities]
         passes += [(sparsity, [seed]) for sparsity in sparsities for seed in seeds[1:]]
-        cells = [self.cell(row, sparsity, seed) for sparsity, few in passes for seed in few for row in rows]
+        first = (next(iter(self.goal.ratio)), seeds[0])
+        cells = [
+            self.cell(row, sparsity, seed)
+            for sparsity, few in passes
+            for seed in few
+            for row in rows
+            if not row.ablation or (sparsity, seed) == first
+        ]
         return list(dict.fromkeys(cells))
 
     def training_of(self, cell):

@@ -13,10 +13,12 @@ import sys
 from pathlib import Path
 
 from figures import Figures
-from setting import RECIPES, REPOSITORY, RESULTS, SETTING, Setting, SettingError
+from setting import HERE, RECIPES, REPOSITORY, RESULTS, SETTING, Setting, SettingError
 
 MISSING = "missing"
 DOCUMENT = REPOSITORY / "docs" / "results.md"
+# What the tables say, in words: by hand, so to be read again when they change.
+READING = HERE / "reading.md"
 PICTURE = "images/quality.png"
 MIB = 1 << 20
 
@@ -51,8 +53,10 @@ def document(figures, has_picture):
         title = setting.perplexity[0].title
         window = setting.perplexity[0].windows[0]
         parts += [f"![{title} perplexity at window {window} of every method and seed]({PICTURE})", ""]
+    parts += [READING.read_text().rstrip(), ""]
     for sparsity in setting.goal.ratio:
         parts += section(figures, sparsity)
+    parts += ablations(figures)
     parts += choices(figures)
     parts += commands(setting)
     return "\n".join(parts) + "\n"
@@ -67,7 +71,7 @@ def head(figures):
     windows = " and ".join(str(window) for window in setting.perplexity[0].windows)
     yield "# Quality of pruned models"
     yield ""
-    yield "<!-- Written by benches/quality/table.py from benches/quality/results; do not edit. -->"
+    yield "<!-- Written by benches/quality/table.py from benches/quality/results and reading.md; do not edit. -->"
     yield ""
     yield (
         f"{setting.model}, pruned and tuned in one run by each method, then measured by `espalier eval` as the checkpoint that was exported."
@@ -80,7 +84,7 @@ def head(figures):
     )
     yield (
         "- **Equal size for every pruned row**: the same share of the weights of all projections goes, and every layer keeps the same "
-        "widths (`shape: uniform`, whole key/value groups)."
+        "widths (`shape: uniform`, whole key/value groups; but for one variant, which says so)."
     )
     yield (
         f"- **Perplexity** (lower is better): {texts}; one stream without special tokens, windows of {windows} tokens that do not overlap, each "
@@ -135,7 +139,7 @@ def section(figures, sparsity):
     titles = [f"{text.title} @{window}" for text, window in columns]
     yield table_row(["row", "seeds", *titles, "zero-shot mean, %", "parameters", "memory, MiB (worker + command)", "wall, s", "CPU, s"])
     yield table_row(["---", *["---:"] * (len(titles) + 6)])
-    for row in setting.rows:
+    for row in setting.compared:
         cells = figures.of(row, sparsity)
         yield table_row(
             [
@@ -165,10 +169,41 @@ def ratios(figures, sparsity, columns, titles):
     yield ""
     yield table_row(["row", *titles])
     yield table_row(["---", *["---:"] * len(titles)])
-    for row in setting.rows:
+    for row in setting.compared:
         if row.pruned:
             values = [figures.ratios(row, sparsity, text, window) for text, window in columns]
             yield table_row([row.title, *(spread(value, "{:.3f}") for value in values)])
+    yield ""
+
+
+def ablations(figures):
+    """What each choice does: variants at the first sparsity and seed, over the row that the goal is for."""
+    setting = figures.setting
+    sparsity, seed = next(iter(setting.goal.ratio)), figures.seeds[0]
+    rows = [row for row in setting.rows if row.ablation]
+    if not rows:
+        return
+    ours = setting.row(setting.goal.row)
+    columns = [(text, window) for text in setting.perplexity for window in text.windows]
+    yield f"## What each choice does, at {sparsity * 100:g} % and seed {seed}"
+    yield ""
+    yield f"Perplexity, and in brackets over that of {ours.title}: above 1 the variant is worse."
+    yield ""
+    titles = [f"{text.title} @{window}" for text, window in columns]
+    yield table_row(["variant", *titles, "zero-shot mean, %", "parameters", "CPU, s"])
+    yield table_row(["---", *["---:"] * (len(titles) + 3)])
+    base = {seed: cell for seed, cell in figures.of(ours, sparsity).items() if seed == figures.seeds[0]}
+    for row in [ours, *rows]:
+        cells = {seed: cell for seed, cell in figures.of(row, sparsity).items() if seed == figures.seeds[0]}
+        fields = []
+        for text, window in columns:
+            value, against = figures.perplexity(cells, text, window), figures.perplexity(base, text, window)
+            ratio = f" ({value[0] / against[0]:.2f})" if value and against else ""
+            fields.append(f"{value[0]:.2f}{ratio}" if value else MISSING)
+        zeroshot, parameters = figures.zeroshot(cells), figures.prune(cells, "parameters")
+        yield table_row(
+            [row.title, *fields, spread(zeroshot, "{:.1f}"), spread(parameters, "{:,.0f}"), cost(figures, row, cells, "cpu_s")]
+        )
     yield ""
 
 

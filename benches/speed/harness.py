@@ -1,5 +1,6 @@
 """What every bench needs: child processes with their cost, samples that survive an interruption, the machine."""
 
+import collections
 import datetime
 import hashlib
 import json
@@ -195,7 +196,10 @@ class Figures:
         return above / below if above is not None and below else None
 
     def rounds(self):
-        return 1 + max((sample["round"] for sample in self.samples), default=-1)
+        """How many samples each figure has: `3`, or `1 to 3`."""
+        counts = collections.Counter((sample["case"], sample["side"]) for sample in self.samples).values()
+        least, most = min(counts, default=0), max(counts, default=0)
+        return f"{most}" if least == most else f"{least} to {most}"
 
     def provenance(self):
         machine_facts = self.value["machine"]

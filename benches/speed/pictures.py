@@ -6,7 +6,7 @@ import step
 import tables
 import whole_run
 
-OURS, OTHERS, SECOND, GOAL = "#c2452d", "#8b97ad", "#4f6d9e", "#2b3a55"
+OURS, OTHERS, SECOND = "#c2452d", "#8b97ad", "#4f6d9e"
 
 
 def _pyplot():
@@ -38,7 +38,7 @@ def _save(pyplot, figure, path):
     pyplot.close(figure)
 
 
-def _bars(axis, labels, sides, form, limit=None):
+def _bars(axis, labels, sides, form):
     """Horizontal bars, one group for each label; `sides` are (name, colour, values)."""
     height = 0.8 / len(sides)
     for place, (name, colour, values) in enumerate(sides):
@@ -54,8 +54,6 @@ def _bars(axis, labels, sides, form, limit=None):
         axis.invert_yaxis()
     axis.tick_params(axis="y", length=0)
     axis.margins(x=0.18)
-    if limit:
-        axis.set_xlim(0, limit)
 
 
 def of_step(figures, path):
@@ -64,13 +62,9 @@ def of_step(figures, path):
     labels = [f"{tables.title_of(case)}\n{case.split()[-1]} tokens" for case in cases]
     figure, (speed, memory) = pyplot.subplots(1, 2, figsize=(10, 0.8 * len(cases) + 1.3), sharey=True)
     sides = ((step.OURS, "Espalier", OURS), (step.PEFT, "PyTorch + peft", OTHERS))
-    shares = [(name, colour, [tables.share(figures, case, side) for case in cases]) for side, name, colour in sides]
-    _bars(speed, labels, shares, lambda value: f"{value:.2f}", limit=1.0)
-    for row, case in enumerate(cases):
-        goal = tables.SPEED_GOALS.get(case.split()[0])
-        if goal:
-            speed.plot([float(goal[0])] * 2, [row - 0.45, row + 0.45], color=GOAL, linestyle=":", linewidth=1.4)
-    speed.set_title("A step's rate over a plain product's (dotted: goal)")
+    rates = [(name, colour, [tables.tokens_per_s(figures, case, side) for case in cases]) for side, name, colour in sides]
+    _bars(speed, labels, rates, lambda value: f"{value:,.0f}")
+    speed.set_title("Tokens a second")
     peaks = [
         (name, colour, [(found or 0) / 1e9 or None for found in (figures.median(case, side, "peak_resident_bytes") for case in cases)])
         for side, name, colour in sides

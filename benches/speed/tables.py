@@ -1,5 +1,7 @@
 """Results as Markdown tables."""
 
+import statistics
+
 import decision
 import shapes
 import startup
@@ -47,22 +49,33 @@ def title_of(case):
     return TITLES.get(case.split()[0], case)
 
 
-def product_rate(figures, case):
-    """The plain product's: the faster of the two routines', as one machine has one limit."""
-    found = [figures.median(case, side, "product_gflop_per_s") for side in (step.OURS, step.PEFT)]
-    return max((rate for rate in found if rate), default=None)
+def share(figures, case, side, of):
+    """The step's rate over that of the plain product which side `of` timed."""
+    rate, product = figures.median(case, side, "gflop_per_s"), figures.median(case, of, "product_gflop_per_s")
+    return f"{rate / product:.2f}" if rate and product else MISSING
 
 
-def share(figures, case, side):
-    rate, product = figures.median(case, side, "gflop_per_s"), product_rate(figures, case)
-    return rate / product if rate and product else None
+def tokens_per_s(figures, case, side):
+    tokens, step_s = figures.median(case, side, "tokens"), figures.median(case, side, "step_s")
+    return tokens / step_s if tokens and step_s else None
+
+
+PHASES = ("forward", "loss", "backward", "scores", "optimizer")
+
+
+def phase_shares(figures, case):
+    """Where our step goes, as fractions of it."""
+    found = figures.all(case, step.OURS, "phases")
+    step_s = figures.median(case, step.OURS, "step_s")
+    medians = [statistics.median(phases[f"{name}_s"] for phases in found) if found else None for name in PHASES]
+    return [part / step_s if part is not None and step_s else None for part in medians]
 
 
 SPEED_GOALS = {shapes.LLAMA.name: ("0.75", "1.75x"), shapes.SMOLLM2.name: ("0.65", "1.95x")}
 
 
 def of_step(figures):
-    rows, against, scores = [], [], []
+    rows, against, scores, phases = [], [], [], []
     for case in figures.cases():
         tokens = figures.median(case, step.OURS, "tokens") or figures.median(case, step.PEFT, "tokens")
         for side, name in ((step.OURS, "ours"), (step.PEFT, "PyTorch + peft")):
@@ -73,10 +86,10 @@ def of_step(figures):
                     number(tokens),
                     name,
                     seconds(step_s),
-                    number(tokens / step_s if step_s else None),
+                    number(tokens_per_s(figures, case, side)),
                     number(figures.median(case, side, "gflop_per_s")),
                     number(figures.median(case, side, "product_gflop_per_s")),
-                    MISSING if (part := share(figures, case, side)) is None else f"{part:.2f}",
+                    share(figures, case, side, side),
                     gigabytes(figures.median(case, side, "peak_resident_bytes")),
                     gigabytes(figures.median(case, side, "idle_resident_bytes")),
                 ]
@@ -88,8 +101,9 @@ def of_step(figures):
                 number(tokens),
                 times(figures.ratio(case, step.PEFT, step.OURS, "step_s")),
                 ratio,
-                MISSING if (ours := share(figures, case, step.OURS)) is None else f"{ours:.2f}",
+                share(figures, case, step.OURS, step.PEFT),
                 part,
+                share(figures, case, step.OURS, step.OURS),
                 times(figures.ratio(case, step.OURS, step.PEFT, "peak_resident_bytes")),
                 "0.5x",
             ]
@@ -106,10 +120,18 @@ def of_step(figures):
                 times(plain_s / score_s if score_s and plain_s else None),
             ]
         )
+        phases.append([title_of(case), number(tokens), *(percent(part, 1) for part in phase_shares(figures, case))])
     columns = ["shape", "tokens a step:", "", "step:", "tokens/s:", "GFLOP/s:", "plain product:", "share:", "peak memory:"]
     return [
         table([*columns, "libraries alone:"], rows),
-        table(["shape", "tokens a step:", "faster:", "goal:", "share:", "goal:", "memory:", "goal:"], against),
+        table(
+            [
+                *("shape", "tokens a step:", "faster:", "goal:", "of PyTorch's product:", "goal:", "of oneDNN's product:"),
+                *("memory:", "goal:"),
+            ],
+            against,
+        ),
+        table(["shape", "tokens a step:", *(f"{phase}:" for phase in PHASES)], phases),
         table(["shape", "tokens a step:", "score pass:", "of the step:", "straight PyTorch:", "faster:"], scores),
     ]
 

@@ -22,7 +22,7 @@ def sources(place):
 
 
 def options(place):
-    return {"steps": place.steps or (8 if place.quick else 12)}
+    return {"steps": place.steps or 8}
 
 
 def measure(case, side, place):

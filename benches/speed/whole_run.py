@@ -25,7 +25,7 @@ def sources(place):
 
 
 def options(place):
-    return {"threads": 1 if place.quick else 2, "steps": place.steps or (12 if place.quick else 40)}
+    return {"threads": 1 if place.quick else 2, "steps": place.steps or (12 if place.quick else 30)}
 
 
 def measure(case, side, place):

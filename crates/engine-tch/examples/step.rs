@@ -256,7 +256,7 @@ impl Product {
     ) -> Result<ProductTime, Box<dyn Error>> {
         synchronize(self.device);
         let (started, cpu) = (Instant::now(), cpu_seconds());
-        multiply(&self.factor)?;
+        let _ = multiply(&self.factor)?;
         synchronize(self.device);
         Ok(ProductTime { seconds: started.elapsed().as_secs_f64(), cpu_seconds: cpu_seconds() - cpu })
     }
