@@ -16,6 +16,8 @@ MISSING = "–"
 def seconds(value):
     if value is None:
         return MISSING
+    if value < 1e-3:
+        return "< 1 ms"
     if value < 0.9995:
         return f"{value * 1e3:.3g} ms" if value < 0.1 else f"{value * 1e3:.0f} ms"
     return f"{value:.2f} s" if value < 100 else f"{value:.0f} s"
@@ -147,6 +149,7 @@ def of_run(figures):
             rows.append(
                 [
                     title_of(case),
+                    "default" if whole_run.is_default(case) else "published",
                     names[side],
                     seconds(train_s),
                     seconds(figures.median(case, side, "dense_step_s")),
@@ -156,8 +159,9 @@ def of_run(figures):
                     goals[side],
                 ]
             )
-        pauses.append(pause_row(figures, case, whole_run.LIVE, "1"))
-    head = ["shape", "", "training:", "first steps:", "last steps:", "peak memory:", "live is faster by:", "goal:"]
+        if not whole_run.is_default(case):
+            pauses.append(pause_row(figures, case, whole_run.LIVE, "1"))
+    head = ["shape", "recipe", "", "training:", "first steps:", "last steps:", "peak memory:", "live is faster by:", "goal:"]
     return [table(head, rows), table(PAUSE_HEAD, pauses)]
 
 

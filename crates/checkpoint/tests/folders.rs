@@ -168,6 +168,31 @@ fn weights_outlive_what_opened_them() {
     assert!(sum.is_finite());
 }
 
+/// Resident KiB of the mapping of `file` in this process.
+fn resident_kib(file: &Path) -> u64 {
+    let maps = fs::read_to_string("/proc/self/smaps").unwrap();
+    let of_file =
+        maps.lines().skip_while(|line| !line.ends_with(file.to_str().unwrap())).find(|line| line.starts_with("Rss:"));
+    of_file.unwrap().split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+#[test]
+fn released_pages_leave_the_process_and_are_read_again_as_they_were() {
+    let place = tempfile::tempdir().unwrap();
+    let folder = place.path().canonicalize().unwrap().join("model");
+    write_tiny_model(&folder, &tiny_spec(), Dtype::F32, 3, u64::MAX).unwrap();
+    let weights = ModelFolder::open(&folder).unwrap().open_weights().unwrap();
+    let read = || -> Vec<Vec<u8>> {
+        weights.names().map(|name| weights.tensor(name).unwrap().bytes.to_vec()).collect()
+    };
+    let before = read();
+    let file = folder.join("model.safetensors");
+    assert!(resident_kib(&file) > 0);
+    weights.release_pages().unwrap();
+    assert_eq!(resident_kib(&file), 0);
+    assert_eq!(read(), before);
+}
+
 #[test]
 fn an_unfinished_or_wrong_folder_leaves_nothing_behind() {
     let place = tempfile::tempdir().unwrap();
