@@ -18,6 +18,8 @@ DEMO_OUT := out/demo
 DEPLOY_VENV := .cache/deploy-venv
 INTEROP_VENV := .cache/interop
 BENCH_PACKAGES := .cache/bench-packages
+# One build for all tests: another choice of packages or targets would have other features and compile much of it again.
+BUILD_TESTS := $(CARGO) build --workspace --all-targets --locked
 BENCH := PYTHONPATH=$(BENCH_PACKAGES) CARGO=$(CARGO) $(INTEROP_VENV)/bin/python benches/speed/bench.py
 BENCH_DOCS := PYTHONPATH=$(BENCH_PACKAGES) $(INTEROP_VENV)/bin/python benches/speed/docs.py
 # Such as "--rounds 5" or "--cases smollm2".
@@ -63,19 +65,17 @@ test: test-rust test-deploy ## run all tests but the ones against transformers
 .PHONY: test-rust
 test-rust: setup ## run the Rust tests, on real processes where they need them
 	@scripts/check_tools.sh --tests
-	$(CARGO) build --workspace --bins --locked
+	$(BUILD_TESTS)
 	$(CARGO) test --workspace --locked --no-fail-fast
 
 .PHONY: test-deploy
 test-deploy: setup $(DEPLOY_VENV)/.installed ## check chart, images, compose file, scripts, schemas and the table of quality
-	$(CARGO) build --bins --locked -p coordinator -p worker -p espalier
-	$(CARGO) build --locked -p engine-tch --example gpu_check
+	$(BUILD_TESTS)
 	$(DEPLOY_VENV)/bin/python -m pytest tests/deploy
 
 .PHONY: test-interop
 test-interop: setup $(INTEROP_VENV)/.installed $(BENCH_PACKAGES)/.installed ## load exported models in transformers, run the benches in small (installs torch, 3 GB, once)
-	$(CARGO) build --workspace --bins --locked
-	$(CARGO) build --locked -p engine-tch --example step
+	$(BUILD_TESTS)
 	$(INTEROP_VENV)/bin/python -m pytest tests/interop
 
 # One at a time, whatever -j says.

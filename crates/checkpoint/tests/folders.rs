@@ -171,8 +171,10 @@ fn weights_outlive_what_opened_them() {
 /// Resident KiB of the mapping of `file` in this process.
 fn resident_kib(file: &Path) -> u64 {
     let maps = fs::read_to_string("/proc/self/smaps").unwrap();
-    let of_file =
-        maps.lines().skip_while(|line| !line.ends_with(file.to_str().unwrap())).find(|line| line.starts_with("Rss:"));
+    let of_file = maps
+        .lines()
+        .skip_while(|line| !line.ends_with(file.to_str().unwrap()))
+        .find(|line| line.starts_with("Rss:"));
     of_file.unwrap().split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 

@@ -312,11 +312,11 @@ mod tests {
                 RampChoice { shape: Some(RampShape::OneShot), every: Some(3), ..choice },
                 Ramp { every: 3, ..one_shot },
             ),
-            (Ramp { every: 2, ..cubic }, RampChoice { warmup: Some(0.2), ..choice }, Ramp {
-                warmup: 0.2,
-                every: 2,
-                ..cubic
-            }),
+            (
+                Ramp { every: 2, ..cubic },
+                RampChoice { warmup: Some(0.2), ..choice },
+                Ramp { warmup: 0.2, every: 2, ..cubic },
+            ),
             (cubic, RampChoice { shape: Some(RampShape::OneShot), ..choice }, one_shot),
         ] {
             assert_eq!(from.changed_by(choice), expected, "{choice:?}");

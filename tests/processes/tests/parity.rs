@@ -16,17 +16,18 @@ struct Outcome {
 const PUBLISHED: &str = "--criterion loraprune-code --every 3 --compensation none";
 
 fn prune(workers: &str, [compute, storage]: [&str; 2], method: &str, out: &Path) -> Outcome {
-    let _ =
-        Tool::espalier("prune --window-tokens 32 --rows 2 --lora-rank 4 --threads 1 --steps 20 --dropout 0.1")
-            .args(method.split_whitespace())
-            .flag("--model", fixture("models/gqa"))
-            .flag("--data", fixture("text/tiny.txt"))
-            .flag("--compute", compute)
-            .flag("--storage", storage)
-            .flag("--workers", workers)
-            .flag("--out", out)
-            .run(DEADLINE)
-            .expect_success();
+    let _ = Tool::espalier(
+        "prune --window-tokens 32 --rows 2 --lora-rank 4 --threads 1 --steps 20 --dropout 0.1",
+    )
+    .args(method.split_whitespace())
+    .flag("--model", fixture("models/gqa"))
+    .flag("--data", fixture("text/tiny.txt"))
+    .flag("--compute", compute)
+    .flag("--storage", storage)
+    .flag("--workers", workers)
+    .flag("--out", out)
+    .run(DEADLINE)
+    .expect_success();
     let text = fs::read_to_string(out.join("events.jsonl")).unwrap();
     let events = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
     Outcome {
@@ -53,8 +54,9 @@ fn one_two_and_three_worker_processes_compute_the_same_run() {
     .enumerate()
     {
         let precision = formats.join("-");
-        let run =
-            |workers: &str| prune(workers, formats, method, &folder.path().join(format!("{place}-{workers}")));
+        let run = |workers: &str| {
+            prune(workers, formats, method, &folder.path().join(format!("{place}-{workers}")))
+        };
         let one = run("1");
         assert_eq!(one.losses.len(), 20);
         for workers in ["2", "3"] {

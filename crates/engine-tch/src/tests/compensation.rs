@@ -120,7 +120,8 @@ fn damping_is_raised_where_it_must_be_and_not_without_end() {
 }
 
 fn recipe(choice: LeastSquares, shrink: Shrink) -> Recipe {
-    let pruning = Pruning { shrink, compensation: Compensation::LeastSquares(choice), ..Pruning::published() };
+    let pruning =
+        Pruning { shrink, compensation: Compensation::LeastSquares(choice), ..Pruning::published() };
     Recipe {
         steps: 10,
         pruning: Some(pruning),

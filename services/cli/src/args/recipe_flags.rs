@@ -1,7 +1,8 @@
 use clap::{Args, ValueEnum};
 use recipe::{
     Budget, Compensation, CompensationTarget, Compute, Criterion, Distillation, HeadGrouping, LeastSquares,
-    LoraPruneForm, Protection, Pruning, RampChoice, RampShape, Recipe, Recompute, Recovery, Shape, Shrink, Storage,
+    LoraPruneForm, Protection, Pruning, RampChoice, RampShape, Recipe, Recompute, Recovery, Shape, Shrink,
+    Storage,
 };
 
 /// Flags that override a recipe, each named as the field that it sets.
