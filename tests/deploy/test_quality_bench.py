@@ -124,7 +124,7 @@ def test_a_results_file_names_no_path_of_the_machine(bench):
 def test_the_table_shows_figures_and_calls_the_rest_missing(bench):
     text, said = bench.table()
     assert said == ""
-    lines = {line.split(" | ")[0]: line for line in text.split("## ")[1].splitlines()}
+    lines = {line.split(" | ")[0]: line for line in text.split("## 50 %")[1].split("\n## ")[0].splitlines()}
     cell = json.loads((bench.results / "ours-50-seed0.json").read_text())
     perplexity = cell["evaluations"]["wikitext2@32"]["said"]["perplexity"]
     assert f"| {perplexity:.2f} |" in text
