@@ -41,10 +41,12 @@ class Case:
     head_grouping: str = "kv-groups"
     shape: str = "uniform"
     export_dtype: str = "f32"
+    compensation: str = "none"
 
     @property
     def id(self):
-        return f"{self.model}-{self.sparsity}-{self.head_grouping}-{self.shape}-{self.export_dtype}"
+        parts = (self.model, self.sparsity, self.head_grouping, self.shape, self.export_dtype, self.compensation)
+        return "-".join(str(part) for part in parts)
 
     def arguments(self, out):
         return [
@@ -62,6 +64,7 @@ class Case:
             "--micro-batches", 1,
             "--lora-rank", LORA_RANK,
             "--export-dtype", self.export_dtype,
+            "--compensation", self.compensation,
         ]  # fmt: skip
 
 

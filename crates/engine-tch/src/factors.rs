@@ -52,11 +52,14 @@ pub(crate) fn split_features(held: &RankLayer, projection: Projection, head_dim:
     }
 }
 
+/// Offset and shape.
+type Place = (i64, [i64; 2]);
+
 /// Where each factor lies in the flat tensor.
 #[derive(Debug, Clone)]
 pub(crate) struct FactorLayout {
-    /// `[layer][projection][factor]`: offset and shape.
-    places: Vec<[[(i64, [i64; 2]); 2]; 7]>,
+    /// `[layer][projection][factor]`
+    places: Vec<[[Place; 2]; 7]>,
     replicated_len: i64,
     len: i64,
 }

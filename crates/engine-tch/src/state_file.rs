@@ -6,13 +6,14 @@ use crate::factors::Factor;
 use crate::fault::{Fault, Result, chain};
 use crate::layer::Narrowing;
 use crate::shard::Shard;
+use crate::source::kind_of;
 use checkpoint::{Dtype, Sha256Digest, TensorFile, TensorRef};
 use model_spec::Projection;
 use recipe::Compensation;
 use sharding::RankLayer;
 use std::collections::BTreeMap;
 use std::path::Path;
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 /// Raised when a name or a meaning changes.
 const FORMAT: &str = "1";
@@ -139,19 +140,19 @@ impl RankState {
             .get(name)
             .ok_or_else(|| Fault::File(format!("the checkpoint has no tensor `{name}`")))?;
         let shape: Vec<i64> = tensor.shape.iter().map(|size| *size as i64).collect();
-        Ok(Tensor::f_from_data_size(&tensor.bytes, &shape, crate::source::kind_of(tensor.dtype))?)
+        Ok(Tensor::f_from_data_size(&tensor.bytes, &shape, kind_of(tensor.dtype))?)
     }
 }
 
 /// Shape, format and row-major bytes of a tensor.
 pub(crate) fn to_bytes(tensor: &Tensor) -> Result<(Vec<usize>, Dtype, Vec<u8>)> {
-    let (tensor, dtype) = match tensor.f_kind()? {
-        Kind::Double => (tensor.shallow_clone(), Dtype::F64),
-        Kind::BFloat16 => (tensor.shallow_clone(), Dtype::Bf16),
-        Kind::Half => (tensor.shallow_clone(), Dtype::F16),
-        _ => (tensor.f_to_kind(Kind::Float)?, Dtype::F32),
-    };
-    let tensor = tensor.f_to_device(Device::Cpu)?.f_contiguous()?;
+    let kind = tensor.f_kind()?;
+    // What no file has is written in f32.
+    let dtype = [Dtype::F64, Dtype::Bf16, Dtype::F16]
+        .into_iter()
+        .find(|dtype| kind_of(*dtype) == kind)
+        .unwrap_or(Dtype::F32);
+    let tensor = tensor.f_to_kind(kind_of(dtype))?.f_to_device(Device::Cpu)?.f_contiguous()?;
     let mut bytes = vec![0; tensor.numel() * dtype.byte_width()];
     tensor.f_copy_data_u8(&mut bytes, tensor.numel())?;
     Ok((tensor.size().iter().map(|size| *size as usize).collect(), dtype, bytes))

@@ -106,11 +106,11 @@ impl Plain {
             let scores = q.matmul(&k.transpose(2, 3)) / (width as f64).sqrt();
             let probabilities = scores.masked_fill(&later, f64::NEG_INFINITY).softmax(-1, None);
             let attended = probabilities.matmul(&v).transpose(1, 2).reshape([b, t, -1]);
-            x = x + self.linear(layer, Projection::O, &attended);
+            x = &x + self.linear(layer, Projection::O, &attended);
             let h = self.norm(&checkpoint::post_attention_norm(layer), &x);
             let act =
                 self.linear(layer, Projection::Gate, &h).silu() * self.linear(layer, Projection::Up, &h);
-            x = x + self.linear(layer, Projection::Down, &act);
+            x = &x + self.linear(layer, Projection::Down, &act);
         }
         let head = if self.spec.tie_word_embeddings { embedding } else { self.weight(checkpoint::LM_HEAD) };
         let logits = self.norm(checkpoint::FINAL_NORM, &x).matmul(&head.tr());

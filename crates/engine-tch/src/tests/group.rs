@@ -36,12 +36,15 @@ pub(crate) struct RunRecord {
     pub(crate) factors: Vec<(String, Tensor)>,
 }
 
+/// A factor's first values by its golden name.
+pub(crate) type Initial<'a> = &'a dyn Fn(&str) -> Vec<f64>;
+
 pub(crate) struct RunInputs<'a> {
     pub(crate) model: &'a str,
     pub(crate) recipe: Recipe,
     pub(crate) tp_degree: usize,
     /// Initial factors by golden name (`layers.0.q_proj.lora_a`); absent means fresh ones.
-    pub(crate) initial: Option<&'a dyn Fn(&str) -> Vec<f64>>,
+    pub(crate) initial: Option<Initial<'a>>,
     /// `[step][micro][row][token]`
     pub(crate) batches: &'a [Vec<Vec<Vec<u32>>>],
 }
@@ -52,14 +55,13 @@ enum Order {
     Finish,
 }
 
+/// Layer, projection, `lora_a` or `lora_b`, shape, values.
+type FactorValues = (usize, Projection, &'static str, Vec<i64>, Vec<f64>);
+
 enum Answer {
     Step(engine::StepOutcome),
     Applied(u64),
-    Finished {
-        logits: Vec<f64>,
-        positions: i64,
-        factors: Vec<(usize, Projection, &'static str, Vec<i64>, Vec<f64>)>,
-    },
+    Finished { logits: Vec<f64>, positions: i64, factors: Vec<FactorValues> },
 }
 
 const PROMPT: [u32; 12] = [5, 40, 41, 9, 77, 12, 60, 3, 33, 21, 90, 8];
