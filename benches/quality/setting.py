@@ -87,6 +87,8 @@ class Setting:
     perplexity: tuple
     zeroshot: Zeroshot
     goal: Goal
+    # The row that ablations change one choice of.
+    ablated: str
     rows: tuple
 
     @classmethod
@@ -108,12 +110,13 @@ class Setting:
             perplexity=tuple(Text(**{**text, "windows": tuple(text["windows"])}) for text in raw["perplexity"]),
             zeroshot=Zeroshot(**{**raw["zeroshot"], "tasks": tuple(raw["zeroshot"]["tasks"])}),
             goal=Goal(goal["against"], goal["row"], {float(key): value for key, value in goal["ratio"].items()}),
+            ablated=raw["ablated"],
             rows=tuple(rows),
         )
         names = [row.name for row in rows]
-        for name in (setting.goal.against, setting.goal.row):
+        for name in (setting.goal.against, setting.goal.row, setting.ablated):
             if name not in names:
-                raise SettingError(f"{path.name}: the goal names `{name}`, which is no row")
+                raise SettingError(f"{path.name}: the goal or `ablated` names `{name}`, which is no row")
         if len(set(names)) < len(names):
             raise SettingError(f"{path.name}: two rows have one name")
         return setting

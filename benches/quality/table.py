@@ -80,7 +80,9 @@ def head(figures):
     yield (
         f"- **Equal training for every row but the first**: {training['steps']} steps of {training['rows'] * training['micro_batches']} windows "
         f"of {training['window_tokens']} tokens, {setting.training_tokens:,} tokens of C4 and Wikipedia text in an order that the seed "
-        "gives; no text of the evaluation is in it. Steps before a one-shot decision count. AdamW, f32; the rest is in each row's recipe."
+        "gives; no text of the evaluation is in it. Steps before a one-shot decision count. AdamW, f32; the rest is in each row's recipe. What "
+        "compensation is calibrated on comes on top: 48 windows of the same text, the same at each decision, forward only. So does the "
+        "forward pass of distillation over what is trained on."
     )
     yield (
         "- **Equal size for every pruned row**: the same share of the weights of all projections goes, and every layer keeps the same "
@@ -177,23 +179,23 @@ def ratios(figures, sparsity, columns, titles):
 
 
 def ablations(figures):
-    """What each choice does: variants at the first sparsity and seed, over the row that the goal is for."""
+    """What each choice does: variants of one row at the first sparsity and seed."""
     setting = figures.setting
     sparsity, seed = next(iter(setting.goal.ratio)), figures.seeds[0]
     rows = [row for row in setting.rows if row.ablation]
     if not rows:
         return
-    ours = setting.row(setting.goal.row)
+    whole = setting.row(setting.ablated)
     columns = [(text, window) for text in setting.perplexity for window in text.windows]
     yield f"## What each choice does, at {sparsity * 100:g} % and seed {seed}"
     yield ""
-    yield f"Perplexity, and in brackets over that of {ours.title}: above 1 the variant is worse."
+    yield f"Perplexity, and in brackets over that of {whole.title}: above 1 the variant is worse."
     yield ""
     titles = [f"{text.title} @{window}" for text, window in columns]
     yield table_row(["variant", *titles, "zero-shot mean, %", "parameters", "CPU, s"])
     yield table_row(["---", *["---:"] * (len(titles) + 3)])
-    base = {seed: cell for seed, cell in figures.of(ours, sparsity).items() if seed == figures.seeds[0]}
-    for row in [ours, *rows]:
+    base = {seed: cell for seed, cell in figures.of(whole, sparsity).items() if seed == figures.seeds[0]}
+    for row in [whole, *rows]:
         cells = {seed: cell for seed, cell in figures.of(row, sparsity).items() if seed == figures.seeds[0]}
         fields = []
         for text, window in columns:

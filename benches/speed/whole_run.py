@@ -48,7 +48,7 @@ def measure(case, side, place):
     common = {"rows": rows, "window_tokens": window, "workers": 1, "threads": chosen["threads"], "shrink": side}
     common |= {"dropout": 0.0, "compute": "f32", "sparsity": 0.5}
     if is_default(case):
-        # Longer: what the one decision costs is paid once.
+        # Longer, as decisions are ten steps apart and each is compensated.
         flags = common | {"steps": DEFAULT_STEPS * chosen["steps"]}
         return prune(place, model, tokens, place.scratch / "default-run", flags, DEADLINE_S)
     schedule = {"steps": chosen["steps"], "every": 2, "warmup": 0.1, "cooldown": 0.1, "sparsity": 0.5}

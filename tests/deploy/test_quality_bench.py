@@ -202,7 +202,7 @@ def test_the_schedule_begins_with_a_whole_table():
     names = [cell.name for cell in setting.schedule(setting.rows, [0.5, 0.2], [0, 1, 2])]
     assert names[:3] == ["dense", "dense-lora-seed0", "loraprune-code-50-seed0"]
     ablations = [row for row in setting.rows if row.ablation]
-    assert len(names) == len(set(names)) == 1 + 3 + 8 * 2 * 3 + len(ablations)
+    assert len(names) == len(set(names)) == 1 + 3 + 9 * 2 * 3 + len(ablations)
     first_of = {part: min(i for i, name in enumerate(names) if part in name) for part in ("50-seed0", "20-seed0", "seed1", "seed2")}
     assert list(first_of.values()) == sorted(first_of.values())
     last_of_seed_0 = max(i for i, name in enumerate(names) if name.endswith("seed0"))

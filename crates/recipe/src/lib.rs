@@ -18,7 +18,7 @@ pub use distillation::Distillation;
 pub use optimizer::{AdamW, Optimizer};
 pub use precision::{Compute, Precision, Recompute, Storage};
 pub use pruning::{Budget, HeadGrouping, Protection, Pruning, Shape, Shrink};
-pub use schedule::{Decay, LearningRate, Ramp, RampChoice, RampShape, Recovery};
+pub use schedule::{Decay, LearningRate, Ramp, RampShape, Recovery};
 
 use serde::{Deserialize, Serialize};
 

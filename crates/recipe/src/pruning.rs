@@ -73,8 +73,8 @@ pub enum Shrink {
     Never,
 }
 
-/// What is best in `docs/results.md`: everything goes early and at once by what flows through it, what stays is refitted, and
-/// nearly all steps tune the final structure.
+/// What is best in `docs/results.md`: by what flows through it everything goes in the first third, what stays is refitted at
+/// each decision, and two thirds of the steps tune the final structure.
 impl Default for Pruning {
     fn default() -> Self {
         Self {

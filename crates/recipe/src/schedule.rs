@@ -119,7 +119,7 @@ impl LearningRate {
 /// `steps - c`, where the target is met exactly. (The published code leaves that last decision out and so ends one
 /// group short.) `one_shot`: a single mask, decided after step `max(w, 1)`; `cooldown` and `every` say nothing then.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(from = "RampChoice")]
+#[serde(deny_unknown_fields, default)]
 pub struct Ramp {
     /// Fraction of the steps before anything is removed.
     pub warmup: f64,
@@ -130,36 +130,20 @@ pub struct Ramp {
     pub shape: RampShape,
 }
 
-/// What someone says of a ramp; [`Ramp::changed_by`] has what follows for the rest.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct RampChoice {
-    pub warmup: Option<f64>,
-    pub cooldown: Option<f64>,
-    pub every: Option<u64>,
-    pub shape: Option<RampShape>,
-}
-
-impl From<RampChoice> for Ramp {
-    fn from(choice: RampChoice) -> Self {
-        Self::default().changed_by(choice)
-    }
-}
-
 /// How the removal is spread over the steps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RampShape {
     /// Many decisions, the most early (Zhu & Gupta, arXiv:1710.01878, eq. 1; LoRAPrune).
+    #[default]
     Cubic,
     /// All at once at the end of `warmup`, then recovery (LLM-Pruner, arXiv:2305.11627).
-    #[default]
     OneShot,
 }
 
 impl Default for Ramp {
     fn default() -> Self {
-        Self { warmup: 0.05, cooldown: 0.1, every: 10, shape: RampShape::OneShot }
+        Self { warmup: 0.05, cooldown: 0.67, every: 10, shape: RampShape::Cubic }
     }
 }
 
@@ -168,26 +152,6 @@ impl Ramp {
     #[must_use]
     pub fn published() -> Self {
         Self { warmup: 0.1, cooldown: 0.1, every: 10, shape: RampShape::Cubic }
-    }
-
-    /// `choice` in place of what `self` has. A cool-down or a number of steps between decisions asks for many decisions, so
-    /// they mean `cubic` unless a shape is named. Under another shape than before the rest is that shape's default.
-    #[must_use]
-    pub fn changed_by(self, choice: RampChoice) -> Self {
-        let asks_for_many = choice.cooldown.is_some() || choice.every.is_some();
-        let implied = if asks_for_many { RampShape::Cubic } else { self.shape };
-        let shape = choice.shape.unwrap_or(implied);
-        let base = match shape {
-            same if same == self.shape => self,
-            RampShape::Cubic => Self::published(),
-            RampShape::OneShot => Self::default(),
-        };
-        Self {
-            warmup: choice.warmup.unwrap_or(base.warmup),
-            cooldown: choice.cooldown.unwrap_or(base.cooldown),
-            every: choice.every.unwrap_or(base.every),
-            shape,
-        }
     }
 
     #[must_use]
@@ -295,32 +259,6 @@ mod tests {
         rate.check(100, Some(ramp.end_step(100)), &mut found);
         let fields: Vec<&str> = found.0.iter().map(|violation| violation.field.as_str()).collect();
         assert_eq!(fields, ["pruning.ramp.warmup", "learning_rate.warmup_steps"]);
-    }
-
-    #[test]
-    fn what_asks_for_many_decisions_gets_them_and_each_shape_has_its_own_defaults() {
-        let (cubic, one_shot) = (Ramp::published(), Ramp::default());
-        let choice = RampChoice::default();
-        for (from, choice, expected) in [
-            (one_shot, choice, one_shot),
-            (one_shot, RampChoice { warmup: Some(0.3), ..choice }, Ramp { warmup: 0.3, ..one_shot }),
-            (one_shot, RampChoice { cooldown: Some(0.3), ..choice }, Ramp { cooldown: 0.3, ..cubic }),
-            (one_shot, RampChoice { every: Some(3), ..choice }, Ramp { every: 3, ..cubic }),
-            (one_shot, RampChoice { shape: Some(RampShape::Cubic), ..choice }, cubic),
-            (
-                one_shot,
-                RampChoice { shape: Some(RampShape::OneShot), every: Some(3), ..choice },
-                Ramp { every: 3, ..one_shot },
-            ),
-            (
-                Ramp { every: 2, ..cubic },
-                RampChoice { warmup: Some(0.2), ..choice },
-                Ramp { warmup: 0.2, every: 2, ..cubic },
-            ),
-            (cubic, RampChoice { shape: Some(RampShape::OneShot), ..choice }, one_shot),
-        ] {
-            assert_eq!(from.changed_by(choice), expected, "{choice:?}");
-        }
     }
 
     #[test]

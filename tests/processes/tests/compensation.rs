@@ -28,7 +28,7 @@ fn a_compensated_model_is_nearer_to_the_dense_one_on_text_that_it_was_not_calibr
         let out = folder.path().join(format!("{compensation}-{workers}"));
         // Steps too small to tune anything: what is left is what the decision did.
         let _ = Tool::espalier(
-            "prune --criterion loraprune-code --steps 3 --warmup 0.4 --sparsity 0.3 --learning-rate 1e-6 --threads 1 \
+            "prune --criterion loraprune-code --steps 3 --ramp-shape one-shot --warmup 0.4 --sparsity 0.3 --learning-rate 1e-6 --threads 1 \
              --window-tokens 64 --rows 4 --lora-rank 4 --export-dtype f32",
         )
         .flag("--model", fixture("models/stories260k"))

@@ -6,7 +6,7 @@ use crate::{limits, pb};
 use recipe::{
     AdamW, Batch, Budget, Compensation, CompensationTarget, Compute, Criterion, Decay, Distillation,
     FieldViolation, HeadGrouping, LearningRate, LeastSquares, Lora, LoraPruneForm, Optimizer, Precision,
-    Protection, Pruning, Ramp, RampChoice, RampShape, Recipe, Recompute, Recovery, Shape, Shrink, Storage,
+    Protection, Pruning, Ramp, RampShape, Recipe, Recompute, Recovery, Shape, Shrink, Storage,
 };
 
 /// A recipe that has passed every check that needs no model, defaults filled in.
@@ -277,10 +277,14 @@ fn least_squares(message: pb::LeastSquares, path: &str, found: &mut Violations) 
 }
 
 fn ramp(message: pb::Ramp, path: &str, found: &mut Violations) -> Ramp {
-    let shape = message.shape.map(|shape| {
-        enum_field(
-            Some(shape),
-            Ramp::default().shape,
+    let default = Ramp::default();
+    Ramp {
+        warmup: message.warmup.unwrap_or(default.warmup),
+        cooldown: message.cooldown.unwrap_or(default.cooldown),
+        every: message.every.unwrap_or(default.every),
+        shape: enum_field(
+            message.shape,
+            default.shape,
             |member| match member {
                 pb::RampShape::Unspecified => None,
                 pb::RampShape::Cubic => Some(RampShape::Cubic),
@@ -289,9 +293,8 @@ fn ramp(message: pb::Ramp, path: &str, found: &mut Violations) -> Ramp {
             &below(path, "shape"),
             "RAMP_SHAPE_CUBIC or RAMP_SHAPE_ONE_SHOT",
             found,
-        )
-    });
-    RampChoice { warmup: message.warmup, cooldown: message.cooldown, every: message.every, shape }.into()
+        ),
+    }
 }
 
 fn precision(message: pb::Precision, path: &str, found: &mut Violations) -> Precision {

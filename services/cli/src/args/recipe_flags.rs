@@ -1,8 +1,7 @@
 use clap::{Args, ValueEnum};
 use recipe::{
     Budget, Compensation, CompensationTarget, Compute, Criterion, Distillation, HeadGrouping, LeastSquares,
-    LoraPruneForm, Protection, Pruning, RampChoice, RampShape, Recipe, Recompute, Recovery, Shape, Shrink,
-    Storage,
+    LoraPruneForm, Protection, Pruning, RampShape, Recipe, Recompute, Recovery, Shape, Shrink, Storage,
 };
 
 /// Flags that override a recipe, each named as the field that it sets.
@@ -50,16 +49,16 @@ pub(crate) struct RecipeFlags {
     /// Added to the second moments' diagonal, as a share of its mean [default: 0.01]
     #[arg(long, value_name = "FRACTION", allow_negative_numbers = true, help_heading = "Pruning")]
     pub compensation_damping: Option<f64>,
-    /// Fraction of the steps before anything is removed [default: 0.05, or 0.1 with a cubic ramp]
+    /// Fraction of the steps before anything is removed [default: 0.05]
     #[arg(long, value_name = "FRACTION", allow_negative_numbers = true, help_heading = "Pruning")]
     pub warmup: Option<f64>,
-    /// Fraction of the steps after the last removal, with a cubic ramp [default: 0.1]
+    /// Fraction of the steps after the last removal, with a cubic ramp [default: 0.67]
     #[arg(long, value_name = "FRACTION", allow_negative_numbers = true, help_heading = "Pruning")]
     pub cooldown: Option<f64>,
     /// Steps between mask decisions, with a cubic ramp [default: 10]
     #[arg(long, value_name = "STEPS", help_heading = "Pruning")]
     pub every: Option<u64>,
-    /// How the removal is spread over the steps [default: one-shot, or cubic with --cooldown or --every]
+    /// How the removal is spread over the steps [default: cubic]
     #[arg(long, value_name = "NAME", help_heading = "Pruning")]
     pub ramp_shape: Option<RampShapeName>,
     /// Optimizer steps [default: 200]
@@ -268,12 +267,10 @@ impl RecipeFlags {
         set(&mut pruning.serve_tp, self.serve_tp.clone());
         set(&mut pruning.protection, self.protect.clone().map(Protection::Layers));
         set(&mut pruning.shrink, self.shrink.map(ShrinkName::choice));
-        pruning.ramp = pruning.ramp.changed_by(RampChoice {
-            warmup: self.warmup,
-            cooldown: self.cooldown,
-            every: self.every,
-            shape: self.ramp_shape.map(RampShapeName::choice),
-        });
+        set(&mut pruning.ramp.warmup, self.warmup);
+        set(&mut pruning.ramp.cooldown, self.cooldown);
+        set(&mut pruning.ramp.every, self.every);
+        set(&mut pruning.ramp.shape, self.ramp_shape.map(RampShapeName::choice));
         self.apply_compensation(&mut pruning.compensation);
     }
 
@@ -398,7 +395,6 @@ impl RecomputeName {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use recipe::Ramp;
 
     #[test]
     fn no_flag_changes_nothing() {
@@ -414,7 +410,7 @@ mod tests {
             criterion: Some(CriterionName::LoraPrunePaper),
             protect: Some(vec![0, 3]),
             steps: Some(9),
-            ramp_shape: Some(RampShapeName::Cubic),
+            ramp_shape: Some(RampShapeName::OneShot),
             recovery: Some(RecoveryName::Hold),
             distill: Some(0.7),
             storage: Some(StorageName::Bf16),
@@ -430,7 +426,7 @@ mod tests {
         pruning.budget = Budget::Sparsity(0.3);
         pruning.criterion = Criterion::LoraPrune { form: LoraPruneForm::Paper };
         pruning.protection = Protection::Layers(vec![0, 3]);
-        pruning.ramp = Ramp::published();
+        pruning.ramp.shape = RampShape::OneShot;
         assert_eq!(recipe, expected);
     }
 

@@ -220,7 +220,7 @@ pub(crate) fn load_request() -> pb::LoadRequest {
 pub(crate) fn published() -> pb::Pruning {
     pb::Pruning {
         criterion: Some(pb::Criterion::LorapruneCode.into()),
-        ramp: Some(pb::Ramp { shape: Some(pb::RampShape::Cubic.into()), ..Default::default() }),
+        ramp: Some(pb::Ramp { warmup: Some(0.1), cooldown: Some(0.1), ..Default::default() }),
         compensation: Some(pb::pruning::Compensation::NoCompensation(pb::NoCompensation {})),
         ..Default::default()
     }
