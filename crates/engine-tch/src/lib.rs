@@ -8,6 +8,7 @@ mod cuda;
 mod device;
 mod dropout;
 mod export;
+mod export_check;
 mod factors;
 mod fault;
 mod ffi;
@@ -28,7 +29,7 @@ mod state_file;
 mod teacher;
 
 pub use device::{DeviceError, DeviceMemory, device_memory, open_device, reset_peak, synchronize};
-pub use export::write_logits;
+pub use export_check::write_logits;
 pub use ops::matmul::plain_product;
 pub use shard::{TchEngine, check_nccl, has_kernels};
 pub use tch::Device;

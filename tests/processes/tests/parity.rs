@@ -13,7 +13,8 @@ struct Outcome {
     removals: String,
 }
 
-const PUBLISHED: &str = "--criterion loraprune-code --warmup 0.1 --cooldown 0.1 --every 3 --compensation none";
+const PUBLISHED: &str =
+    "--criterion loraprune-code --warmup 0.1 --cooldown 0.1 --every 3 --compensation none";
 
 fn prune(workers: &str, [compute, storage]: [&str; 2], method: &str, out: &Path) -> Outcome {
     let _ = Tool::espalier(
