@@ -37,7 +37,9 @@ def draw(figures, path):
                 axis.text(value, -0.75, " dense", color=DENSE, ha="left", va="center")
         axis.set_xscale("log")
         low, high = axis.get_xlim()
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 8 * low else (1, 1.5, 2, 3, 4, 5, 7)))
+        # Few enough for their numbers to stay apart.
+        steps = (1, 3) if high > 80 * low else (1, 2, 5) if high > 8 * low else (1, 1.5, 2, 3, 4, 5, 7)
+        axis.xaxis.set_major_locator(LogLocator(subs=steps))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(axis="x", color="#e6e6e6", zorder=0)
