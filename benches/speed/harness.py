@@ -210,5 +210,5 @@ class Figures:
         processor = machine_facts.get("processor", "unknown processor")
         return (
             f"{days}, {machine_facts['cores']} cores of {processor}, {memory:.0f} GiB, "
-            f"medians of {self.rounds()} interleaved rounds, commit {', '.join(commits) or 'unknown'}"
+            f"{'one round' if self.rounds() == '1' else f'medians of {self.rounds()} interleaved rounds'}, commit {', '.join(commits) or 'unknown'}"
         )
