@@ -77,7 +77,7 @@ def of_step(figures, path):
 
 def of_run(figures, path):
     pyplot = _pyplot()
-    cases = [case for case in figures.cases() if not whole_run.is_default(case)]
+    cases = [case for case in figures.cases() if whole_run.recipe_of(case) not in whole_run.RECIPES]
     figure, axes = pyplot.subplots(1, len(cases), figsize=(5 * len(cases), 3), squeeze=False)
     looks = ((whole_run.LIVE, "slices", OURS), (whole_run.NEVER, "masks only", SECOND), (whole_run.PLAIN, "PyTorch + peft, masks", OTHERS))
     for axis, case in zip(axes[0], cases, strict=True):

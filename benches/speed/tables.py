@@ -149,7 +149,7 @@ def of_run(figures):
             rows.append(
                 [
                     title_of(case),
-                    "default" if whole_run.is_default(case) else "published",
+                    whole_run.recipe_of(case),
                     names[side],
                     seconds(train_s),
                     seconds(figures.median(case, side, "dense_step_s")),
@@ -159,7 +159,7 @@ def of_run(figures):
                     goals[side],
                 ]
             )
-        if not whole_run.is_default(case):
+        if whole_run.recipe_of(case) not in whole_run.RECIPES:
             pauses.append(pause_row(figures, case, whole_run.LIVE, "1"))
     head = ["shape", "recipe", "", "training:", "first steps:", "last steps:", "peak memory:", "live is faster by:", "goal:"]
     return [table(head, rows), table(PAUSE_HEAD, pauses)]

@@ -10,26 +10,28 @@ from harness import SCRIPTS, run
 
 DEADLINE_S = 3 * 3600
 LIVE, NEVER, PLAIN = "live", "never", "plain loop"
-# What the flags' defaults are, written out so that figures say what they are of.
-DEFAULT_RECIPE = {"criterion": "wanda", "compensation": "layer", "warmup": 0.05, "cooldown": 0.67, "every": 10}
-# Times the steps of the other cases.
-DEFAULT_STEPS = 2
-
-
-DEFAULT = "default"
+# What the flags' defaults are, written out so that figures say what they are of, and the same in one decision.
+OURS = {"criterion": "wanda", "compensation": "layer", "warmup": 0.05}
+RECIPES = {
+    "default": OURS | {"cooldown": 0.67, "every": 10},
+    "at once": OURS | {"ramp_shape": "one-shot"},
+}
+# Times the steps of the published schedule.
+OURS_STEPS = 2
 
 
 def cases(place):
     names = [shapes.TINY.name] if place.quick else [shapes.LLAMA.name, shapes.SMOLLM2.name]
-    return [*names, *(f"{name} {DEFAULT}" for name in names)]
+    return [*names, *(f"{name} {recipe}" for recipe in RECIPES for name in names)]
 
 
-def is_default(case):
-    return case.endswith(f" {DEFAULT}")
+def recipe_of(case):
+    """Of `RECIPES`, or LoRAPrune as published."""
+    return case.partition(" ")[2] or "published"
 
 
 def sides(case):
-    return (LIVE, NEVER) if is_default(case) else (LIVE, NEVER, PLAIN)
+    return (LIVE, NEVER) if recipe_of(case) in RECIPES else (LIVE, NEVER, PLAIN)
 
 
 def sources(place):
@@ -49,10 +51,10 @@ def measure(case, side, place):
     tokens = shapes.write_tokens(shape, place.scratch / f"{shape.name}.u16", 300_000)
     common = {"rows": rows, "window_tokens": window, "workers": 1, "threads": chosen["threads"], "shrink": side}
     common |= {"dropout": 0.0, "compute": "f32", "sparsity": 0.5}
-    if is_default(case):
+    if ours := RECIPES.get(recipe_of(case)):
         # Longer, as decisions are ten steps apart and each is compensated.
-        flags = common | DEFAULT_RECIPE | {"steps": DEFAULT_STEPS * chosen["steps"]}
-        return prune(place, model, tokens, place.scratch / "default-run", flags, DEADLINE_S)
+        flags = common | ours | {"steps": OURS_STEPS * chosen["steps"]}
+        return prune(place, model, tokens, place.scratch / "our-run", flags, DEADLINE_S)
     schedule = {"steps": chosen["steps"], "every": 2, "warmup": 0.1, "cooldown": 0.1, "sparsity": 0.5}
     if side == PLAIN:
         config = place.scratch / f"{shape.name}.json"

@@ -23,7 +23,7 @@ SAID = {
     "startup": ("running_s", "load_s"),
     "decision": ("run-global",),
 }
-SAMPLES = {"step": 3, "run": 5, "tp": 2, "startup": 2, "decision": 1}
+SAMPLES = {"step": 3, "run": 7, "tp": 2, "startup": 2, "decision": 1}
 
 sys.path[:0] = [str(SPEED), str(PACKAGES)]
 

@@ -157,10 +157,11 @@ impl Transition<'_> {
         let message = match (self.run.setup.recipe().steps, self.run.setup.target().is_some()) {
             (0, _) => "measures the model as it is".to_owned(),
             (steps, true) => {
-                format!(
-                    "tunes and prunes over {steps} steps, {} decisions",
-                    self.run.setup.pruning_steps().len()
-                )
+                let decisions = match self.run.setup.pruning_steps().len() {
+                    1 => "one decision".to_owned(),
+                    count => format!("{count} decisions"),
+                };
+                format!("tunes and prunes over {steps} steps, {decisions}")
             }
             (steps, false) => format!("tunes over {steps} steps"),
         };
