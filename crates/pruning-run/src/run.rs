@@ -404,6 +404,12 @@ impl Run {
         !self.workers.is_empty()
     }
 
+    /// Optimizer steps done.
+    #[must_use]
+    pub fn steps_done(&self) -> u64 {
+        self.next_step
+    }
+
     /// The moving average of importance as it now is.
     #[must_use]
     pub fn average(&self) -> Option<&MovingAverage> {

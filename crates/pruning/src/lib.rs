@@ -15,6 +15,7 @@ mod legal_counts;
 mod moving_average;
 mod scores;
 mod target;
+mod what_if;
 #[cfg(test)]
 mod testing;
 
@@ -25,3 +26,4 @@ pub use keep_mask::{InvalidKeepMask, KeepMask, LayerKeep, NotASubset};
 pub use moving_average::{ImportanceMismatch, MovingAverage};
 pub use scores::{ScoreAssembly, ScoreError, StepScores, unit_count};
 pub use target::{Target, TargetSummary};
+pub use what_if::{WhatIf, WhatIfError, what_if};
