@@ -15,9 +15,9 @@ mod legal_counts;
 mod moving_average;
 mod scores;
 mod target;
-mod what_if;
 #[cfg(test)]
 mod testing;
+mod what_if;
 
 pub use criterion::random_importance;
 pub use decide::{DecideError, decide};

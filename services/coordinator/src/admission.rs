@@ -1,8 +1,8 @@
 //! What a run must be before it is taken: every field right, every path allowed and there, the plan possible.
 
+use crate::records::StoredRun;
 use checkpoint::{ModelFolder, export_form};
 use model_spec::{Family, LayerSpec, ModelSpec};
-use crate::records::StoredRun;
 use pruning_run::{RunOptions, RunSetup};
 use recipe::{Budget, FieldViolation, Shape};
 use service_kit::Roots;
@@ -50,10 +50,8 @@ pub(crate) fn admit(
     if let Some(export) = &spec.export {
         check_output(export, &format!("{SPEC}.export"), roots, &mut found);
     }
-    let setup =
-        open_model(spec, roots, &mut found).and_then(|dense| {
-            set_up(spec, dense, options(spec, blame_grace, stop_pruning), &mut found)
-        });
+    let setup = open_model(spec, roots, &mut found)
+        .and_then(|dense| set_up(spec, dense, options(spec, blame_grace, stop_pruning), &mut found));
     found.finish(())?;
     let setup = setup.ok_or_else(|| InvalidFields {
         violations: vec![FieldViolation { field: SPEC.to_owned(), problem: "cannot be set up".to_owned() }],
@@ -161,12 +159,7 @@ fn options(spec: &RunSpec, blame_grace: Duration, stop_pruning: bool) -> RunOpti
     }
 }
 
-fn set_up(
-    spec: &RunSpec,
-    dense: ModelSpec,
-    options: RunOptions,
-    found: &mut Violations,
-) -> Option<RunSetup> {
+fn set_up(spec: &RunSpec, dense: ModelSpec, options: RunOptions, found: &mut Violations) -> Option<RunSetup> {
     let refuse_degree = |error: sharding::PlacementError, found: &mut Violations| {
         found.reject(format!("{SPEC}.tp_degree"), error.to_string());
     };

@@ -215,8 +215,11 @@ impl Calls {
     pub(crate) fn checkpoint(&mut self, name: &str, url: &str, with_logits: bool) {
         let deadline = self.deadlines.checkpoint;
         for (tp_rank, client) in self.clients.iter().cloned().enumerate() {
-            let request =
-                pb::CheckpointRequest { session_id: self.session_id.clone(), url: url.to_owned(), with_logits };
+            let request = pb::CheckpointRequest {
+                session_id: self.session_id.clone(),
+                url: url.to_owned(),
+                with_logits,
+            };
             let (outcomes, name) = (self.outcomes.clone(), name.to_owned());
             let saving = async move {
                 let mut taken = false;

@@ -44,7 +44,8 @@ impl Context {
         let runs = RunStore::open(&url, StoreOptions::default())
             .await
             .with_context(|| format!("--store {url} cannot be opened"))?;
-        let blobs = BlobStore::open(&location, Limits::default()).context("--checkpoint-dir cannot be used")?;
+        let blobs =
+            BlobStore::open(&location, Limits::default()).context("--checkpoint-dir cannot be used")?;
         Ok(Arc::new(Self {
             book: RunBook::default(),
             stores: Stores::new(runs, blobs),

@@ -77,7 +77,11 @@ pub(crate) fn drive(
     drive_on(driver, rest.into_iter().filter(fresh).collect(), requests).instrument(span)
 }
 
-async fn drive_on(mut driver: Driver, mut effects: Vec<Effect>, mut requests: mpsc::UnboundedReceiver<Event>) {
+async fn drive_on(
+    mut driver: Driver,
+    mut effects: Vec<Effect>,
+    mut requests: mpsc::UnboundedReceiver<Event>,
+) {
     loop {
         driver.perform(effects).await;
         let (context, record) = (driver.context.clone(), driver.record.clone());
@@ -347,7 +351,8 @@ impl Driver {
         match effect {
             Effect::Load { restore } => {
                 info!(restores = restore.is_some(), "loading");
-                let restore = restore.map(|restore| restore_message(&stores.folder(&restore.checkpoint), &restore));
+                let restore =
+                    restore.map(|restore| restore_message(&stores.folder(&restore.checkpoint), &restore));
                 calls.load(&load_plan(record, restore));
             }
             Effect::OpenRendezvous => calls.open_rendezvous(),

@@ -67,9 +67,8 @@ impl StoredRun {
         const WHAT: &str = "a run";
         let read: RunJson = from_json(WHAT, bytes)?;
         let unreadable = |cause: String| RecordError::Unreadable { what: WHAT, cause };
-        let message = |text: &str| {
-            BASE64_STANDARD.decode(text).map_err(|error| unreadable(error.to_string()))
-        };
+        let message =
+            |text: &str| BASE64_STANDARD.decode(text).map_err(|error| unreadable(error.to_string()));
         let spec = pb::RunSpec::decode(message(&read.spec)?.as_slice())
             .map_err(|error| unreadable(error.to_string()))?;
         let plan = pb::RunPlan::decode(message(&read.plan)?.as_slice())
@@ -95,7 +94,8 @@ impl StoredEvent {
         match &event.kind {
             RunEventKind::Decision(decision) => {
                 let widths = decision.widths();
-                let bare = Decision { keep_mask: KeepMask { layers: Vec::new() }, ..decision.as_ref().clone() };
+                let bare =
+                    Decision { keep_mask: KeepMask { layers: Vec::new() }, ..decision.as_ref().clone() };
                 let kind = RunEventKind::Decision(Arc::new(bare));
                 Self { event: RunEvent { kind, ..event.clone() }, widths }
             }
@@ -135,8 +135,7 @@ fn json<T: Serialize>(what: &'static str, value: &T) -> Result<Vec<u8>, RecordEr
 }
 
 fn from_json<T: DeserializeOwned>(what: &'static str, bytes: &[u8]) -> Result<T, RecordError> {
-    serde_json::from_slice(bytes)
-        .map_err(|error| RecordError::Unreadable { what, cause: error.to_string() })
+    serde_json::from_slice(bytes).map_err(|error| RecordError::Unreadable { what, cause: error.to_string() })
 }
 
 /// Raised when the layout of what is packed changes; a reader refuses other values.

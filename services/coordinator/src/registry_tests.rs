@@ -93,7 +93,10 @@ async fn a_lease_that_runs_out_ends_the_worker_and_tells_its_run() {
         assert!(registry.renew(&kept_lease, None, false).is_some());
     }
     let lost = tokio::time::timeout(Duration::from_secs(1), claim.next_news()).await.unwrap();
-    assert_eq!(lost, ClaimNews::Lost { id: "a".into(), cause: "it has not renewed its lease for 10 s".into() });
+    assert_eq!(
+        lost,
+        ClaimNews::Lost { id: "a".into(), cause: "it has not renewed its lease for 10 s".into() }
+    );
     assert!(registry.renew(&lost_lease, None, false).is_none());
     assert_eq!(registry.list().len(), 1);
     stop.cancel();
@@ -109,7 +112,10 @@ async fn a_worker_that_restarts_loses_its_run_and_one_that_registers_again_keeps
     registry.register(pb::WorkerInfo { incarnation: "2".into(), ..worker("a", "cpu") }).unwrap();
     assert_eq!(registry.list()[0].run_id, "");
     let lost = tokio::time::timeout(Duration::from_secs(1), claim.next_news()).await.unwrap();
-    assert_eq!(lost, ClaimNews::Lost { id: "a".into(), cause: "it has restarted and lost its session".into() });
+    assert_eq!(
+        lost,
+        ClaimNews::Lost { id: "a".into(), cause: "it has restarted and lost its session".into() }
+    );
     let again = registry.claim_one("r2").unwrap();
     drop(claim);
     assert_eq!(registry.list()[0].run_id, "r2", "the old claim gives back only what is still its own");

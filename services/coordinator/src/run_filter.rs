@@ -216,7 +216,10 @@ fn tokens(text: &str) -> Result<Vec<(usize, Token)>, FilterError> {
                 loop {
                     match rest.next() {
                         None => {
-                            return Err(FilterError { position, problem: "the quotes are not closed".to_owned() });
+                            return Err(FilterError {
+                                position,
+                                problem: "the quotes are not closed".to_owned(),
+                            });
                         }
                         Some((_, '\\')) => value.extend(rest.next().map(|(_, escaped)| escaped)),
                         Some((_, closing)) if closing == symbol => break,

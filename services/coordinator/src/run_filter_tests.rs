@@ -41,7 +41,7 @@ fn a_filter_picks_what_it_says() {
         ("state = RUNNING OR (state = FAILED AND display_name : again)", "ac"),
         ("state = FAILED display_name : half", "c"),
         ("create_time > \"1970-01-01T00:03:20Z\"", "cd"),
-        ("create_time <= 1970-01-01", ""),
+        ("create_time <= \"1970-01-01T00:01:40Z\"", "a"),
         ("end_time >= \"1970-01-01T00:00:00Z\"", "bc"),
     ] {
         let parsed = Filter::parse(filter).unwrap_or_else(|error| panic!("{filter}: {error}"));
@@ -114,8 +114,11 @@ fn any_filter() -> impl Strategy<Value = Filter> {
         ]
     };
     let field = prop_oneof![Just(TextField::Id), Just(TextField::DisplayName), Just(TextField::Model)];
-    let text = (field, operator(), "[ -~é]{0,8}")
-        .prop_map(|(field, operator, value)| Comparison::Text { field, operator, value });
+    let text = (field, operator(), "[ -~é]{0,8}").prop_map(|(field, operator, value)| Comparison::Text {
+        field,
+        operator,
+        value,
+    });
     let state = (prop_oneof![Just(Operator::Equal), Just(Operator::NotEqual)], 0..STATES.len())
         .prop_map(|(operator, place)| Comparison::State { operator, value: STATES[place].0 });
     let time = (operator(), 0u64..4_000_000_000).prop_map(|(operator, seconds)| Comparison::Time {

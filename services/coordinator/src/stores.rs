@@ -3,12 +3,8 @@
 use crate::records::{RecordError, StoredEvent, StoredRun, pack, unpack};
 use blob_store::{BlobError, BlobStore};
 use pruning::{KeepMask, LayerKeep, MovingAverage};
-use pruning_run::{
-    CheckpointRef, Generation, History, RunEvent, RunEventKind, RunId, SavedState,
-};
-use run_store::{
-    Created, NewRun, RunStore, StoreError, StoredCheckpoint, StoredDecision, StoredRunRow,
-};
+use pruning_run::{CheckpointRef, Generation, History, RunEvent, RunEventKind, RunId, SavedState};
+use run_store::{Created, NewRun, RunStore, StoreError, StoredCheckpoint, StoredDecision, StoredRunRow};
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
 use tracing::warn;
@@ -126,16 +122,16 @@ impl Stores {
                     name: done.place.name.clone(),
                     steps_done: done.place.steps_done,
                     generation: done.place.generation.0,
-                    payload: serde_json::to_vec(&done.place)
-                        .map_err(|error| RecordError::Unwritable { what: "a checkpoint", cause: error.to_string() })?,
+                    payload: serde_json::to_vec(&done.place).map_err(|error| RecordError::Unwritable {
+                        what: "a checkpoint",
+                        cause: error.to_string(),
+                    })?,
                 });
             }
             payloads.push(StoredEvent::of(event).encode()?);
         }
         let run_id = &append.run_id.0;
-        self.runs
-            .append(run_id, first.revision, &payloads, decision.as_ref(), checkpoint.as_ref())
-            .await?;
+        self.runs.append(run_id, first.revision, &payloads, decision.as_ref(), checkpoint.as_ref()).await?;
         Ok(())
     }
 
@@ -216,7 +212,11 @@ impl Stores {
         let packed = pack("a checkpoint", state)?;
         let size_bytes = packed.len() as u64;
         let sha256 = hex(&Sha256::digest(&packed));
-        let file = |file: &str, sha256: String, size_bytes| ManifestFile { file: file.to_owned(), sha256, size_bytes };
+        let file = |file: &str, sha256: String, size_bytes| ManifestFile {
+            file: file.to_owned(),
+            sha256,
+            size_bytes,
+        };
         let manifest = Manifest {
             format_version: MANIFEST_VERSION,
             place: place.clone(),
@@ -352,4 +352,3 @@ fn hex(bytes: &[u8]) -> String {
         text
     })
 }
-

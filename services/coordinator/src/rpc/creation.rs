@@ -3,10 +3,10 @@
 use super::run_service::Runs;
 use crate::admission::{Admitted, admit, read_spec};
 use crate::driver::{self, Start};
+use crate::messages;
 use crate::records::{Fork, StoredEvent, StoredRun};
 use crate::run_book::{Identity, NotBooked, RunRecord};
 use crate::stores::{Creation, StoresError};
-use crate::messages;
 use prost::Message;
 use pruning::Target;
 use pruning_run::{Effect, Generation, History, Run, RunEvent, RunEventKind, RunId};
@@ -83,7 +83,8 @@ impl Runs {
         };
         let kept = self.context.stores.checkpoints(&parent.id).await.map_err(store_failure)?;
         let Some(checkpoint) = kept.into_iter().find(|place| place.generation == generation) else {
-            let message = format!("the checkpoint of decision {generation} of run `{}` was not kept", parent.id);
+            let message =
+                format!("the checkpoint of decision {generation} of run `{}` was not kept", parent.id);
             return Err(Failure::new(Reason::CheckpointNotKept, message));
         };
         check_kinship(&parent.spec, &spec, checkpoint.steps_done, &mut found);
@@ -144,11 +145,7 @@ impl Runs {
     }
 
     /// The run that this request has made before.
-    fn made_before(
-        &self,
-        request_id: Option<&str>,
-        asked: &[u8],
-    ) -> Result<Option<Arc<RunRecord>>, Failure> {
+    fn made_before(&self, request_id: Option<&str>, asked: &[u8]) -> Result<Option<Arc<RunRecord>>, Failure> {
         match request_id.and_then(|request_id| self.context.book.by_request(request_id)) {
             Some(record) if record.request_digest == Sha256::digest(asked).to_vec() => Ok(Some(record)),
             Some(record) => Err(reused(&record.id)),

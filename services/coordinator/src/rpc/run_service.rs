@@ -12,11 +12,11 @@ use std::time::Duration;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 use tracing::instrument;
+use wire::Violations;
 use wire::convert::{data, mask, run};
 use wire::pb;
 use wire::pb::run_service_server::RunService;
 use wire::status::{Failure, Reason};
-use wire::Violations;
 
 const DEFAULT_PAGE_SIZE: u32 = 50;
 const MAX_PAGE_SIZE: u32 = 1000;
@@ -74,10 +74,10 @@ impl Runs {
             0 => DEFAULT_PAGE_SIZE,
             size => size.min(MAX_PAGE_SIZE),
         } as usize;
-        let filter = Filter::parse(&filter)
-            .map_err(|error| Failure::invalid_field("filter", error.to_string()))?;
-        let order = Order::parse(&order_by)
-            .map_err(|error| Failure::invalid_field("order_by", error.to_string()))?;
+        let filter =
+            Filter::parse(&filter).map_err(|error| Failure::invalid_field("filter", error.to_string()))?;
+        let order =
+            Order::parse(&order_by).map_err(|error| Failure::invalid_field("order_by", error.to_string()))?;
         let mut picked: Vec<_> = self
             .context
             .book
@@ -141,7 +141,8 @@ impl Runs {
     async fn resume(&self, id: &str) -> Result<pb::Run, Failure> {
         let record = self.find(id)?;
         if record.state().has_ended() {
-            let message = format!("run `{}` has ended; fork it to go on from one of its decisions", record.id);
+            let message =
+                format!("run `{}` has ended; fork it to go on from one of its decisions", record.id);
             return Err(Failure::new(Reason::RunEnded, message).with_fact("run_id", &record.id));
         }
         record.request(Event::ResumeRequested { reason: "resumed on request".to_owned() });
@@ -344,8 +345,7 @@ impl RunService for Runs {
         request: Request<pb::ListDecisionsRequest>,
     ) -> Result<Response<pb::ListDecisionsResponse>, Status> {
         let record = self.find(&request.into_inner().id)?;
-        let decisions =
-            record.shown().decisions.iter().map(messages::decision).collect();
+        let decisions = record.shown().decisions.iter().map(messages::decision).collect();
         Ok(Response::new(pb::ListDecisionsResponse { decisions }))
     }
 

@@ -196,7 +196,8 @@ fn legality(pruned: &ModelSpec, serve_tp: Option<u32>) -> (String, Vec<String>) 
                 [("query heads", widths.query_head_count), ("channels", widths.intermediate_size)]
             {
                 if count % degree != 0 {
-                    problems.push(format!("layer {layer} keeps {count} {what}, which {degree} does not divide"));
+                    problems
+                        .push(format!("layer {layer} keeps {count} {what}, which {degree} does not divide"));
                 }
             }
         }
@@ -275,8 +276,5 @@ fn chunks(decision: &ShownDecision, average: &MovingAverage) -> Vec<pb::WatchImp
 }
 
 fn blocks(importance: &GroupImportance) -> [(pb::Block, &[f64]); 2] {
-    [
-        (pb::Block::Attention, importance.of(Block::Attention)),
-        (pb::Block::Mlp, importance.of(Block::Mlp)),
-    ]
+    [(pb::Block::Attention, importance.of(Block::Attention)), (pb::Block::Mlp, importance.of(Block::Mlp))]
 }
