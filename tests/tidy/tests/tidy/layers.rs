@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use tidy_tests::packages::{Kind, Package, packages};
 use tidy_tests::report;
 
-const DOMAIN: [&str; 5] = ["model-spec", "recipe", "pruning", "sharding", "pruning-run"];
+const DOMAIN: [&str; 6] = ["model-spec", "recipe", "pruning", "sharding", "pruning-run", "planner"];
 
 /// Lowest first. An edge goes to a lower layer only, so packages of one layer never know each other.
 const LAYERS: [&[&str]; 10] = [
@@ -12,7 +12,7 @@ const LAYERS: [&[&str]; 10] = [
     &["recipe"],
     &["pruning"],
     &["sharding"],
-    &["pruning-run"],
+    &["pruning-run", "planner"],
     &["engine", "token-batches", "checkpoint", "service-kit"],
     &["engine-tch", "wire"],
     &["coordinator", "worker"],
