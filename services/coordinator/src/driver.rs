@@ -382,7 +382,9 @@ impl Driver {
                 info!("exporting");
                 let export = record.spec.export.as_ref().map(run::export_to_pb);
                 let folder = stores.folder(&checkpoint);
-                calls.export(export_request(record, folder, &shards, &keep_mask, export));
+                let request = export_request(record, folder, &shards, &keep_mask, export);
+                let replace = self.run.as_ref().is_some_and(Run::exports_again);
+                calls.export(pb::ExportRequest { replace, ..request });
             }
             Effect::Record(_)
             | Effect::KeepImportance { .. }
@@ -576,6 +578,7 @@ pub(crate) fn export_request(
         keep_mask: Some(mask::to_pb(keep_mask)),
         export,
         run_id: record.id.0.clone(),
+        replace: false,
     }
 }
 
