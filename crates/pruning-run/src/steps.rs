@@ -111,7 +111,9 @@ impl Transition<'_> {
             self.run.setup.pruning_steps().binary_search(&last).is_ok()
                 && in_force.is_none_or(|decision| decision.step < last)
         };
-        !self.run.history.holds && self.run.next_step.checked_sub(1).is_some_and(due)
+        // What was decided before pruning was held is applied again after a fault.
+        let may_prune = self.run.history.held_at.is_none_or(|held| self.run.generation < held);
+        may_prune && self.run.next_step.checked_sub(1).is_some_and(due)
     }
 
     pub(crate) fn decide_or_go_on(&mut self) {

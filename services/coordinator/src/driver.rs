@@ -313,7 +313,14 @@ impl Driver {
     async fn act(&mut self, effect: Effect) {
         match effect {
             Effect::Enqueue { workers, at_least } => self.enqueue(workers, at_least),
-            Effect::LeaveQueue => self.ticket = None,
+            Effect::LeaveQueue => {
+                self.ticket = None;
+                if !self.run.as_ref().is_some_and(Run::holds_workers) {
+                    self.calls = None;
+                    self.outcomes = None;
+                    self.claim = None;
+                }
+            }
             Effect::WakeAt(time) => self.wake = Some(self.wake.map_or(time, |wake| wake.min(time))),
             Effect::Refuse(refusal) => warn!(%refusal, "event refused"),
             Effect::ReleaseAllButFirst => {
