@@ -223,7 +223,9 @@ impl Calls {
             let (outcomes, name) = (self.outcomes.clone(), name.to_owned());
             let saving = async move {
                 let mut taken = false;
-                if let Err(fault) = save_on(tp_rank, &name, client, request, deadline, &outcomes, &mut taken).await {
+                if let Err(fault) =
+                    save_on(tp_rank, &name, client, request, deadline, &outcomes, &mut taken).await
+                {
                     let event = match fault {
                         // The rank trains on, only this checkpoint is lost.
                         Fault::Own(cause) | Fault::Lasting(cause) if taken => {

@@ -6,8 +6,8 @@ use crate::tests::group::{fixtures, spec_of};
 use engine::{EngineError, Progress, ProjectionScores, Rendezvous, Restore, ShardEngine, ShardSetup};
 use pruning::{KeepMask, LayerKeep};
 use recipe::{
-    Batch, Compensation, Compute, Distillation, LeastSquares, Lora, Precision, Pruning, Recipe, Recompute, Shrink,
-    Storage,
+    Batch, Compensation, Compute, Distillation, LeastSquares, Lora, Precision, Pruning, Recipe, Recompute,
+    Shrink, Storage,
 };
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Barrier, Mutex};
@@ -75,7 +75,12 @@ struct Course {
 }
 
 /// Trains from `first_step` to the end on `degree` ranks; at `KILLED_AT` all write their state to `folder`.
-fn train(recipe: &Recipe, degree: usize, restore: Option<&Restore>, folder: &Path) -> (Course, Option<Restore>) {
+fn train(
+    recipe: &Recipe,
+    degree: usize,
+    restore: Option<&Restore>,
+    folder: &Path,
+) -> (Course, Option<Restore>) {
     let first_step = restore.map_or(0, |restore| restore.next_step);
     let (windows, masks) = (windows(), masks());
     let meeting: Mutex<Option<Rendezvous>> = Mutex::default();
@@ -197,10 +202,14 @@ fn a_resumed_group_gives_the_same_bits() {
 fn weights_that_compensation_changed_are_resumed_with_the_same_bits() {
     for degree in [1, 2] {
         for shrink in [Shrink::Live, Shrink::Never] {
-            check("compensated", degree, &with_pruning(|pruning| {
-                pruning.compensation = least_squares();
-                pruning.shrink = shrink;
-            }));
+            check(
+                "compensated",
+                degree,
+                &with_pruning(|pruning| {
+                    pruning.compensation = least_squares();
+                    pruning.shrink = shrink;
+                }),
+            );
         }
     }
 }
@@ -218,10 +227,14 @@ fn every_storage_format_is_resumed_with_the_same_bits() {
 fn what_the_unpruned_model_taught_is_resumed_with_the_same_bits() {
     let distillation = Some(Distillation { weight: 0.5, top_k: 4 });
     for degree in [1, 2] {
-        check("distilled", degree, &recipe(|recipe| {
-            recipe.distillation = distillation;
-            recipe.recompute = Recompute::Layer;
-        }));
+        check(
+            "distilled",
+            degree,
+            &recipe(|recipe| {
+                recipe.distillation = distillation;
+                recipe.recompute = Recompute::Layer;
+            }),
+        );
     }
 }
 
