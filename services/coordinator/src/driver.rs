@@ -109,8 +109,11 @@ async fn reloaded(context: &Arc<Context>, record: &Arc<RunRecord>) -> Option<(Ru
             () = context.stopping.cancelled() => return None,
             () = tokio::time::sleep(STORE_CHECK) => {}
         }
-        let read = context.stores.history(&record.id, |event| record.publish(event)).await;
-        match read {
+        let read = async {
+            context.stores.check().await?;
+            context.stores.history(&record.id, |event| record.publish(event)).await
+        };
+        match read.await {
             Ok(history) => {
                 info!(run_id = %record.id, "the store is back");
                 let origin = record.fork.as_ref().map(|fork| fork.checkpoint.clone());
