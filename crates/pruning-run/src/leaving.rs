@@ -44,6 +44,8 @@ impl Transition<'_> {
         if self.run.wish.iter().chain(on_its_way).any(|earlier| rank(earlier) > rank(&wish)) {
             return;
         }
+        // It takes the place of an earlier one.
+        self.run.wish = None;
         match &self.run.phase {
             // A pause would only lose what is nearly done; the end is granted at once.
             Phase::Exporting | Phase::FreeingMemory => match wish {
