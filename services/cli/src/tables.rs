@@ -311,7 +311,7 @@ fn indices_text(indices: &[u32]) -> String {
 /// What another budget would keep.
 #[must_use]
 pub(crate) fn what_if_table(answer: &pb::QueryWhatIfResponse) -> String {
-    let mut table = table();
+    let mut table = table(&[]);
     let widths = |count: fn(&pb::LayerWidths) -> u32| range_of(answer.layers.iter().map(count));
     for (name, value) in [
         ("decision asked", answer.generation.to_string()),
@@ -336,7 +336,7 @@ pub(crate) fn what_if_table(answer: &pb::QueryWhatIfResponse) -> String {
 /// The files that a run has exported.
 #[must_use]
 pub(crate) fn artifacts_table(artifacts: &[pb::Artifact]) -> String {
-    let mut table = table();
+    let mut table = table(&[]);
     table.set_header(["file", "size", "SHA-256"]);
     for artifact in artifacts {
         table.add_row([artifact.name.clone(), units::bytes(artifact.size_bytes), artifact.sha256.clone()]);
@@ -379,6 +379,7 @@ mod tests {
             pruning_steps: (1..20).map(|index| index * 10).collect(),
             export_form: "mistral".into(),
             notes: vec!["heads do not divide the hidden size".into()],
+            estimate: None,
         };
         let text = plan_table(&plan);
         for word in
