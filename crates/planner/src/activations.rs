@@ -41,6 +41,19 @@ pub(crate) fn fullest_moment(shape: &RankShape, recipe: &Recipe, platform: Platf
     Step::new(shape, recipe, platform).fullest()
 }
 
+/// What a later step's loss maps on top of a heap that the step before has filled, beyond the fullest moment of one step:
+/// the heap keeps what its fullest moment took, and the loss's logits are mapped beside it. `in_heap` is the share of the
+/// activations that lie in the heap.
+pub(crate) fn kept_by_heap(shape: &RankShape, recipe: &Recipe, in_heap: f64) -> u64 {
+    let step = Step::new(shape, recipe, Platform::Cpu);
+    let kept: u64 = shape.layers.iter().map(|layer| step.kept(layer)).sum();
+    let (loss, [fullest, of_layers]) = (step.loss(), step.fullest_and_layers());
+    let in_loss = kept + loss.activations;
+    let retained = (of_layers.activations.saturating_sub(in_loss) as f64 * in_heap) as u64;
+    let at_loss = in_loss + retained + loss.buffers + step.lasting_buffers();
+    at_loss.saturating_sub(fullest.total())
+}
+
 /// Bytes that the forward pass leaves for the backward pass, of all layers.
 pub(crate) fn kept_bytes(shape: &RankShape, recipe: &Recipe, platform: Platform) -> u64 {
     let step = Step::new(shape, recipe, platform);
@@ -265,10 +278,11 @@ impl<'a> Step<'a> {
         Moment { activations: 0, buffers: squares.max(tiles) }
     }
 
-    fn fullest(&self) -> Moment {
+    /// The fullest moment, and that of the layers alone.
+    fn fullest_and_layers(&self) -> [Moment; 2] {
         let layers = &self.shape.layers;
         let mut kept = 0;
-        let mut fullest = self.update();
+        let mut fullest = Moment::default();
         let on_top = |kept: u64, moment: Moment| Moment { activations: kept + moment.activations, ..moment };
         for layer in layers {
             let forward = self.forward(layer);
@@ -286,9 +300,14 @@ impl<'a> Step<'a> {
             let backward = on_top(kept + whole + self.stream(), self.backward(layer));
             fullest = fullest.max(again).max(backward);
         }
-        fullest = fullest.max(on_top(kept, self.loss()));
+        let all = fullest.max(on_top(kept, self.loss())).max(self.update());
         let lasting = self.lasting_buffers();
-        Moment { buffers: fullest.buffers + lasting, ..fullest }
+        [all, fullest].map(|moment| Moment { buffers: moment.buffers + lasting, ..moment })
+    }
+
+    fn fullest(&self) -> Moment {
+        let [all, _] = self.fullest_and_layers();
+        all
     }
 
     /// Cosines and sines of the positions, token ids, and what the criterion sums up over the step.

@@ -1,4 +1,4 @@
-use crate::activations::{fullest_moment, kept_bytes};
+use crate::activations::{fullest_moment, kept_by_heap, kept_bytes};
 use crate::course::{Course, WidthsFrom};
 use crate::decision_memory::fullest_decision;
 use crate::device::{Device, Platform, Rates};
@@ -21,8 +21,9 @@ const CPU_PROCESS_BYTES: u64 = 180_000_000;
 /// Device memory that a CUDA rank has before it holds anything: context, kernels, cuBLAS workspace, NCCL's channels. Not
 /// measured: an assumption on the safe side.
 const CUDA_PROCESS_BYTES: u64 = 2 << 30;
-/// What holes cost a CPU's heap, as a share of the blocks in it. Measured: 10 to 38 % over formats and batches.
-const HEAP_SLACK: f64 = 0.2;
+/// What holes cost a CPU's heap, as a share of the blocks in it. Fitted to the medians of repeated runs, which differ among
+/// themselves by 7 % of the whole process either way (`docs/planning.md`).
+const HEAP_SLACK: f64 = 0.15;
 /// Bytes of a weight in the files that are read: 16 bits is what checkpoints come in.
 const SOURCE_BYTES: u64 = 2;
 
@@ -303,7 +304,14 @@ impl Planner<'_> {
             buffers: moment.buffers + self.taught_bytes(),
             ..self.lasting_memory(shape)
         };
-        self.with_process(memory, shape, heap::kept_bytes(shape, self.recipe))
+        let (kept, in_heap) =
+            (kept_bytes(shape, self.recipe, Platform::Cpu), heap::kept_bytes(shape, self.recipe));
+        let memory = self.with_process(memory, shape, in_heap);
+        let retained = match self.device.platform {
+            Platform::Cpu => kept_by_heap(shape, self.recipe, in_heap as f64 / kept.max(1) as f64),
+            Platform::Cuda => 0,
+        };
+        Memory { process: memory.process + retained, ..memory }
     }
 
     /// `kept` bytes of activations lie in the heap, beside the weights that do.
@@ -325,7 +333,7 @@ impl Planner<'_> {
     ///
     /// ```text
     /// check     a magnitude and three booleans for each number      w + 3
-    /// nf4       padded, normal, code as 64 bits, its multiple, byte 4 + 4 + 8 + 8 + 1
+    /// nf4       padded, normal, code in 64 bits, half of them twice, byte 4 + 4 + 8 + 4 + 4 + 1
     /// int8      f32, divided, rounded, clamped, byte                4 + 4 + 4 + 4 + 1
     /// ```
     fn loading_memory(&self, shape: &RankShape) -> Memory {

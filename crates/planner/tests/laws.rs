@@ -149,8 +149,8 @@ proptest! {
 
     #[test]
     fn the_stretches_of_a_run_cover_its_steps(dense in any_model(), steps in 2u64..300, live: bool) {
-        let mut pruning = Pruning::default();
-        pruning.shrink = if live { Shrink::Live } else { Shrink::Never };
+        let shrink = if live { Shrink::Live } else { Shrink::Never };
+        let pruning = Pruning { shrink, ..Pruning::default() };
         let recipe = Recipe { steps, pruning: Some(pruning), ..recipe() };
         prop_assume!(recipe.violations().is_empty());
         if let Ok(course) = Course::new(&dense, &recipe) {

@@ -46,29 +46,18 @@ fn judged_by(criterion: Criterion, mut recipe: Recipe) -> Recipe {
     recipe
 }
 
-/// Peak resident bytes of two optimizer steps by `crates/engine-tch/examples/step.rs`, in millions; 2026-11-25, two threads of
-/// AMD EPYC, glibc.
-#[test]
-fn estimates_lie_within_a_tenth_of_recorded_peaks() {
-    let dropped = |mut recipe: Recipe| {
-        recipe.lora.dropout = 0.05;
-        recipe
-    };
-    let again = |recipe: Recipe| Recipe { recompute: Recompute::Layer, ..recipe };
-    let cases = [
-        ("f32", LLAMA, recipe(4, 256), 1462),
-        ("bf16", LLAMA, stored(Storage::Bf16, recipe(4, 256)), 1236),
-        ("int8", LLAMA, stored(Storage::Int8, recipe(4, 256)), 1202),
-        ("nf4", LLAMA, stored(Storage::Nf4, recipe(4, 256)), 1271),
-        ("twice the rows", LLAMA, recipe(8, 256), 1872),
-        ("layers run again", LLAMA, again(recipe(8, 256)), 1211),
-        ("dropout", LLAMA, dropped(recipe(8, 256)), 2051),
-        ("a short window", LLAMA, recipe(1, 64), 1175),
-        ("wanda", LLAMA, dropped(judged_by(Criterion::Wanda, recipe(2, 512))), 1494),
-        ("taylor", LLAMA, judged_by(Criterion::Taylor, recipe(1, 64)), 1370),
-        ("nf4, layers run again", LLAMA, again(stored(Storage::Nf4, recipe(8, 256))), 1159),
-        ("grouped heads", GROUPED, recipe(8, 128), 1337),
-    ];
+fn dropped(mut recipe: Recipe) -> Recipe {
+    recipe.lora.dropout = 0.05;
+    recipe
+}
+
+fn again(recipe: Recipe) -> Recipe {
+    Recipe { recompute: Recompute::Layer, ..recipe }
+}
+
+/// What is off by more than a tenth. Peaks are resident bytes of two optimizer steps by `crates/engine-tch/examples/step.rs`,
+/// in millions; 2026-11-25, two threads of AMD EPYC, glibc.
+fn far_off(cases: impl IntoIterator<Item = (&'static str, Shape, Recipe, u32)>) -> Vec<String> {
     let mut far = Vec::new();
     for (name, shape, recipe, measured) in cases {
         let dense = model(shape);
@@ -84,5 +73,47 @@ fn estimates_lie_within_a_tenth_of_recorded_peaks() {
         }
         assert!(Kind::ALL.iter().all(|kind| estimate.ranks[0].of(*kind) > 0), "{name}");
     }
+    far
+}
+
+/// The process' share was fitted to runs of these settings.
+#[test]
+fn estimates_lie_within_a_tenth_of_recorded_peaks() {
+    let cases = [
+        ("f32", LLAMA, recipe(4, 256), 1462),
+        ("bf16", LLAMA, stored(Storage::Bf16, recipe(4, 256)), 1236),
+        ("int8", LLAMA, stored(Storage::Int8, recipe(4, 256)), 1202),
+        ("nf4", LLAMA, stored(Storage::Nf4, recipe(4, 256)), 1271),
+        ("twice the rows", LLAMA, recipe(8, 256), 1872),
+        ("layers run again", LLAMA, again(recipe(8, 256)), 1211),
+        ("dropout", LLAMA, dropped(recipe(8, 256)), 2051),
+        ("a short window", LLAMA, recipe(1, 64), 1175),
+        ("wanda", LLAMA, dropped(judged_by(Criterion::Wanda, recipe(2, 512))), 1494),
+        ("taylor", LLAMA, judged_by(Criterion::Taylor, recipe(1, 64)), 1370),
+        ("nf4, layers run again", LLAMA, again(stored(Storage::Nf4, recipe(8, 256))), 1159),
+        ("grouped heads", GROUPED, recipe(8, 128), 1337),
+    ];
+    let far = far_off(cases);
+    assert!(far.is_empty(), "{far:#?}");
+}
+
+/// Medians of three runs each, of shapes that nothing was fitted to. The wide one in nf4 showed temporaries that the plan had
+/// left out; the middle one was measured after that.
+#[test]
+fn estimates_of_other_shapes_lie_within_a_tenth_of_recorded_medians() {
+    const WIDE: Shape = [1536, 6, 12, 4, 4096, 32_000];
+    const MIDDLE: Shape = [1280, 7, 20, 10, 3456, 24_000];
+    const DEEP: Shape = [640, 16, 10, 5, 1728, 20_000];
+    let far = far_off([
+        ("wide, f32", WIDE, recipe(4, 192), 1752),
+        ("wide, int8", WIDE, stored(Storage::Int8, recipe(4, 192)), 1591),
+        ("wide, nf4", WIDE, stored(Storage::Nf4, recipe(6, 192)), 1691),
+        ("deep, bf16, dropout", DEEP, dropped(stored(Storage::Bf16, recipe(6, 256))), 1329),
+        ("deep, layers run again", DEEP, again(recipe(6, 256)), 879),
+        ("middle, nf4", MIDDLE, stored(Storage::Nf4, recipe(4, 224)), 1202),
+        ("middle, int8", MIDDLE, stored(Storage::Int8, recipe(5, 256)), 1341),
+        ("middle, nf4, layers run again", MIDDLE, again(stored(Storage::Nf4, recipe(8, 224))), 1128),
+        ("middle, dropout", MIDDLE, dropped(recipe(5, 256)), 1790),
+    ]);
     assert!(far.is_empty(), "{far:#?}");
 }
