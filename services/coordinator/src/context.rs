@@ -29,6 +29,8 @@ pub(crate) struct Context {
     pub(crate) tasks: TaskTracker,
     /// Cancelled when nothing new may start.
     pub(crate) stopping: CancellationToken,
+    /// Cancelled when all runs rest and only streams are left.
+    pub(crate) closing: CancellationToken,
     /// Cancelled when another coordinator has taken the store.
     pub(crate) fenced: CancellationToken,
 }
@@ -56,6 +58,7 @@ impl Context {
             creating: Mutex::new(()),
             tasks: TaskTracker::new(),
             stopping: CancellationToken::new(),
+            closing: CancellationToken::new(),
             fenced: CancellationToken::new(),
         }))
     }

@@ -54,6 +54,7 @@ pub async fn serve(
             if tokio::time::timeout(context.drain, context.tasks.wait()).await.is_err() {
                 warn!("sessions that did not end in time were left to their workers");
             }
+            context.closing.cancel();
             stop_serving.cancel();
         }
     };
