@@ -13,7 +13,7 @@ const LAYERS: [&[&str]; 10] = [
     &["pruning"],
     &["sharding"],
     &["pruning-run"],
-    &["engine", "token-batches", "checkpoint", "service-kit"],
+    &["engine", "token-batches", "checkpoint", "run-store", "blob-store", "service-kit"],
     &["engine-tch", "wire"],
     &["coordinator", "worker"],
     &["espalier"],
