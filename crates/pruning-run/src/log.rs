@@ -78,9 +78,11 @@ impl RunState {
 pub struct StepReport {
     /// 0-based.
     pub step: u64,
-    /// Mean negative log likelihood, in nats.
+    /// Mean negative log likelihood, in nats; of a skipped step it need not be a number.
+    #[serde(deserialize_with = "number_or_nan")]
     pub loss: f64,
     /// Global L2 norm of the gradients before clipping.
+    #[serde(deserialize_with = "number_or_nan")]
     pub grad_norm: f64,
     pub learning_rate: f64,
     pub tokens: u64,
@@ -97,6 +99,11 @@ pub struct StepReport {
     /// Why the optimizer took no step; empty when it did.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub skipped: String,
+}
+
+/// JSON has no word for what is not a finite number but `null`.
+fn number_or_nan<'de, D: serde::Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
+    Ok(Option::<f64>::deserialize(from)?.unwrap_or(f64::NAN))
 }
 
 /// One numbered, immutable choice of what stays.

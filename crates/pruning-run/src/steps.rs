@@ -34,7 +34,9 @@ impl Transition<'_> {
                 "ranks diverged at step {step}: {name} and rank 0 differ on whether it counts"
             ));
         }
-        if let Some(other) = ended.reports.iter().position(|report| !agree(report.loss, first.loss)) {
+        // The loss of a skipped step need not be a number.
+        let differs = |report: &RankReport| report.skipped.is_empty() && !agree(report.loss, first.loss);
+        if let Some(other) = ended.reports.iter().position(differs) {
             let (name, loss) = (self.run.name(other), ended.reports[other].loss);
             return self.fault(format!(
                 "ranks diverged at step {step}: the loss is {} on rank 0 and {loss} on {name}",

@@ -2,7 +2,7 @@
 
 use crate::faults::lost;
 use crate::world::{World, durable, recipe, run_to_end, setup};
-use pruning_run::{Event, Generation, Retention, RunOptions, RunState, ShardFile};
+use pruning_run::{Event, Generation, Retention, RunOptions, RunState, ShardFile, StepReport};
 
 #[test]
 fn a_checkpoint_follows_every_decision_every_interval_and_the_last_step() {
@@ -125,6 +125,9 @@ fn a_skipped_step_is_reported_and_not_averaged() {
     assert_eq!(world.run.average().unwrap().updates, 2, "of three steps");
     world.settle();
     assert_eq!(world.run.state(), RunState::Succeeded, "{}", world.last_message());
-    assert_eq!(world.steps()[&1].skipped, "the loss is NaN");
+    let skipped = &world.steps()[&1];
+    assert_eq!(skipped.skipped, "the loss is NaN");
+    let stored = serde_json::to_string(skipped).unwrap();
+    assert!(serde_json::from_str::<StepReport>(&stored).unwrap().loss.is_nan(), "{stored}");
     assert!(world.steps()[&2].skipped.is_empty());
 }
