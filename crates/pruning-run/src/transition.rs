@@ -148,6 +148,12 @@ impl Transition<'_> {
     fn restored(&mut self, state: Arc<SavedState>) {
         let Phase::Restoring { from } = &self.run.phase else { return self.refuse("a checkpoint", 0) };
         let from = from.clone();
+        // One that the group before had taken was completed meanwhile.
+        if let Some(newer) = self.run.base().filter(|base| **base != from).cloned() {
+            self.effects.push(Effect::Restore(newer.clone()));
+            self.run.phase = Phase::Restoring { from: newer };
+            return;
+        }
         if self.run.only_exports() {
             self.run.shards = Some((from, state.shards.clone()));
             self.run.keep_mask = Arc::new(state.keep_mask.clone());

@@ -103,6 +103,35 @@ fn a_checkpoint_is_not_dropped_while_a_group_reads_it() {
 }
 
 #[test]
+fn a_checkpoint_completed_while_the_next_group_reads_an_older_one_is_gone_on_from() {
+    let setup = setup(recipe(), 2, durable());
+    let whole = run_to_end(&setup, 100, &[]);
+    for last in [false, true] {
+        let mut world = World::new(&setup, 100);
+        world.until(|world| world.checkpoints().len() == if last { 5 } else { 2 });
+        let is_commit = |event: &Event| matches!(event, Event::CheckpointWritten { .. });
+        while !world.own.iter().any(is_commit) {
+            world.step(0);
+        }
+        let commit = world.own.pop_back().unwrap();
+        // All but the write itself is done.
+        world.until(|world| !last || world.evaluations().len() == 2);
+        world.deliver(lost("w0"));
+        while !world.own.iter().any(|event| matches!(event, Event::Restored { .. })) {
+            world.step(0);
+        }
+        world.deliver(commit);
+        world.settle();
+        assert_eq!(world.run.state(), RunState::Succeeded);
+        assert_eq!(world.last_message(), whole.last_message());
+        assert_eq!(world.loads.len(), if last { 1 } else { 2 });
+        if !last {
+            assert_eq!(world.restarts()[0].next_step, 5);
+        }
+    }
+}
+
+#[test]
 fn a_decision_that_was_logged_is_applied_again_and_not_logged_again() {
     let setup = setup(recipe(), 2, RunOptions { checkpoint_every: 100, ..durable() });
     let mut world = World::new(&setup, 100);

@@ -180,9 +180,13 @@ impl Checks {
                     Some(format!("run {run}: it was cancelled, and succeeded"))
                 }
                 Some(RunState::Succeeded) => {
-                    let same = (&actual.losses, &actual.masks, &actual.exported)
-                        == (&expected.losses, &expected.masks, &expected.exported);
-                    (!same).then(|| format!("run {run}: it succeeded with another result than undisturbed"))
+                    let differs = [
+                        ("losses", actual.losses != expected.losses),
+                        ("masks", actual.masks != expected.masks),
+                        ("export", actual.exported != expected.exported),
+                    ];
+                    let what = differs.iter().find(|(_, differs)| *differs);
+                    what.map(|(what, _)| format!("run {run}: its {what} are not the undisturbed run's"))
                 }
                 Some(RunState::Failed) => {
                     let cause = last_message(log);

@@ -164,7 +164,7 @@ impl World {
     fn damage(&mut self, run: usize) {
         let mut of_run =
             self.store.manifests.keys().filter(|(of, _)| *of == run).map(|(_, name)| name.clone());
-        let (first, last) = (of_run.next(), of_run.last());
+        let (first, last) = (of_run.next(), of_run.next_back());
         if let (Some(_), Some(name)) = (first, last)
             && let Some(file) = self.store.files.get_mut(&(run, name, 0))
         {
