@@ -116,7 +116,8 @@ impl Transition<'_> {
 
     fn workers_assigned(&mut self, workers: Vec<WorkerId>) {
         let Phase::Queued { .. } = self.run.phase else { return self.refuse("an assignment", 0) };
-        let (most, at_least) = self.run.wanted_workers();
+        // Since it queued, a last checkpoint may have been completed, after which one worker is enough.
+        let (most, at_least) = (self.run.setup.tp_degree(), self.run.wanted_workers().1);
         let count = workers.len();
         let names = workers.iter().map(|worker| format!("`{worker}`")).collect::<Vec<_>>().join(", ");
         self.run.workers = workers;
@@ -159,6 +160,9 @@ impl Transition<'_> {
             self.run.keep_mask = Arc::new(state.keep_mask.clone());
             self.run.generation = state.generation;
             self.run.next_step = state.steps_done;
+            if self.run.workers.len() > 1 {
+                self.effects.push(Effect::ReleaseAllButFirst);
+            }
             return self.export();
         }
         if let Err(error) = self.run.restore(&state) {

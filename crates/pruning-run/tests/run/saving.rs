@@ -117,12 +117,21 @@ fn a_checkpoint_completed_while_the_next_group_reads_an_older_one_is_gone_on_fro
         // All but the write itself is done.
         world.until(|world| !last || world.evaluations().len() == 2);
         world.deliver(lost("w0"));
+        let mut queued = world.clone();
         while !world.own.iter().any(|event| matches!(event, Event::Restored { .. })) {
             world.step(0);
         }
-        world.deliver(commit);
+        world.deliver(commit.clone());
         world.settle();
         assert_eq!(world.run.state(), RunState::Succeeded);
+        // Or while it waits for its workers.
+        while !queued.own.iter().any(|event| matches!(event, Event::WorkersAssigned { .. })) {
+            queued.step(0);
+        }
+        queued.deliver(commit);
+        queued.settle();
+        assert_eq!(queued.run.state(), RunState::Succeeded, "{}", queued.last_message());
+        assert_eq!(queued.last_message(), whole.last_message());
         assert_eq!(world.last_message(), whole.last_message());
         assert_eq!(world.loads.len(), if last { 1 } else { 2 });
         if !last {
