@@ -25,8 +25,8 @@ impl Transition<'_> {
         if self.run.setup.recipe().steps == 0 {
             return options.exports && self.run.taken.is_none();
         }
-        // What a run ends with holds the logits that its export is checked against.
-        let lacks_logits = done && options.exports && self.run.shards.is_none() && !self.writes_logits();
+        // What a run ends with holds the logits that an export is checked against, then or later.
+        let lacks_logits = done && self.run.shards.is_none() && !self.writes_logits();
         if !self.is_unsaved() && !lacks_logits {
             return false;
         }
@@ -47,7 +47,7 @@ impl Transition<'_> {
             self.run.phase = Phase::AwaitingCheckpoint;
             return;
         }
-        let with_logits = done && self.run.setup.options().exports;
+        let with_logits = done;
         // A group tries the same place again only after a failure.
         let name = match (self.run.next_step, self.run.history.starts, self.run.failed_checkpoints_in_a_row) {
             (steps, start, 0) => format!("{steps:08}-{start}"),

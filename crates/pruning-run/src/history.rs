@@ -20,6 +20,8 @@ pub struct History {
     pub(crate) restarts: u32,
     /// Groups that were assigned.
     pub(crate) starts: u64,
+    /// Exports that were begun.
+    pub(crate) exports: u64,
     /// The last mask that is ever put into force, once pruning is held.
     pub(crate) held_at: Option<Generation>,
     /// The step after the last that was reported since the run last went back.
@@ -45,9 +47,8 @@ impl History {
             RunEventKind::StateChange { state, message } => {
                 self.state = Some(*state);
                 self.message.clone_from(message);
-                if *state == RunState::Starting {
-                    self.starts += 1;
-                }
+                self.starts += u64::from(*state == RunState::Starting);
+                self.exports += u64::from(*state == RunState::Exporting);
             }
             RunEventKind::Step(report) => self.next_step = report.step + 1,
             RunEventKind::Export(_) => {}

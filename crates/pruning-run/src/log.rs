@@ -78,11 +78,11 @@ impl RunState {
 pub struct StepReport {
     /// 0-based.
     pub step: u64,
-    /// Mean negative log likelihood, in nats; of a skipped step it need not be a number.
-    #[serde(deserialize_with = "number_or_nan")]
+    /// Mean negative log likelihood, in nats; may be no number where the step was skipped.
+    #[serde(with = "perhaps_no_number")]
     pub loss: f64,
-    /// Global L2 norm of the gradients before clipping.
-    #[serde(deserialize_with = "number_or_nan")]
+    /// Global L2 norm of the gradients before clipping; likewise.
+    #[serde(with = "perhaps_no_number")]
     pub grad_norm: f64,
     pub learning_rate: f64,
     pub tokens: u64,
@@ -101,9 +101,17 @@ pub struct StepReport {
     pub skipped: String,
 }
 
-/// JSON has no word for what is not a finite number but `null`.
-fn number_or_nan<'de, D: serde::Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
-    Ok(Option::<f64>::deserialize(from)?.unwrap_or(f64::NAN))
+/// JSON has no NaN and no infinity: they are written as null and read back as NaN.
+mod perhaps_no_number {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(value: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+        value.is_finite().then_some(*value).serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+        Ok(Option::deserialize(deserializer)?.unwrap_or(f64::NAN))
+    }
 }
 
 /// One numbered, immutable choice of what stays.

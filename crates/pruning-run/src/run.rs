@@ -423,6 +423,18 @@ impl Run {
         !self.workers.is_empty()
     }
 
+    /// Whether an export of this run was begun before the one under way.
+    #[must_use]
+    pub fn exports_again(&self) -> bool {
+        self.history.exports > 1
+    }
+
+    /// Optimizer steps done.
+    #[must_use]
+    pub fn steps_done(&self) -> u64 {
+        self.next_step
+    }
+
     /// The moving average of importance as it now is.
     #[must_use]
     pub fn average(&self) -> Option<&MovingAverage> {

@@ -28,14 +28,15 @@ impl Transition<'_> {
     fn end_step(&mut self, ended: EndedStep) {
         let first = ended.reports[0].clone();
         let step = first.step;
-        if let Some(other) = ended.reports.iter().position(|report| report.skipped != first.skipped) {
+        let skips = |report: &RankReport| !report.skipped.is_empty();
+        if let Some(other) = ended.reports.iter().position(|report| skips(report) != skips(&first)) {
             let name = self.run.name(other);
             return self.fault(format!(
                 "ranks diverged at step {step}: {name} and rank 0 differ on whether it counts"
             ));
         }
-        // The loss of a skipped step need not be a number.
-        let differs = |report: &RankReport| report.skipped.is_empty() && !agree(report.loss, first.loss);
+        // Of a step that does not count the loss may be no number.
+        let differs = |report: &RankReport| !skips(&first) && !agree(report.loss, first.loss);
         if let Some(other) = ended.reports.iter().position(differs) {
             let (name, loss) = (self.run.name(other), ended.reports[other].loss);
             return self.fault(format!(
@@ -55,7 +56,14 @@ impl Transition<'_> {
             memory_bytes: ended.reports.iter().map(|report| report.memory_bytes).max().unwrap_or(0),
             sparsity: self.run.keep_mask.sparsity(dense),
             generation: self.run.generation,
-            skipped: first.skipped,
+            // The rank that holds the place knows more of it.
+            skipped: ended
+                .reports
+                .iter()
+                .map(|report| &report.skipped)
+                .max_by_key(|text| text.len())
+                .cloned()
+                .unwrap_or_default(),
         };
         self.run.step_duration = Some(report.duration);
         self.record(RunEventKind::Step(report));
