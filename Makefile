@@ -68,6 +68,13 @@ test-rust: setup ## run the Rust tests, on real processes where they need them
 	$(BUILD_TESTS)
 	$(CARGO) test --workspace --locked --no-fail-fast
 
+# Such as "5000..6000": a failing seed is printed, and plays out the same way again.
+SIMULATION_SEEDS ?= 0..2000
+
+.PHONY: simulate
+simulate: ## play seeds of the simulated coordinator and workers
+	SIMULATION_SEEDS=$(SIMULATION_SEEDS) $(CARGO) test -p simulation-tests --locked -- --nocapture
+
 .PHONY: test-deploy
 test-deploy: setup $(DEPLOY_VENV)/.installed ## check chart, images, compose file, scripts, schemas and the table of quality
 	$(BUILD_TESTS)
