@@ -3,12 +3,16 @@
 mod local;
 mod recipe_flags;
 mod remote;
+mod security;
+mod token;
 
 pub(crate) use local::{EvalArgs, ImportArgs, ImportDtype, LogitsArgs, MeasureArgs, PruneArgs, ReportArgs};
 pub(crate) use recipe_flags::RecipeFlags;
 pub(crate) use remote::{
     CreateArgs, EvaluateArgs, ExportArgs, ListArgs, MaskArgs, RemoteArgs, RunIdArgs, WatchArgs, WorkersArgs,
 };
+
+pub(crate) use token::{TokenArgs, TokenCommand};
 
 use clap::{Parser, Subcommand};
 
@@ -73,6 +77,9 @@ pub(crate) enum Command {
     Mask(MaskArgs),
     /// List the workers that the coordinator knows
     Workers(WorkersArgs),
+    // Of access.
+    /// Make tokens for people and programs that call a coordinator
+    Token(TokenArgs),
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ mod logits;
 mod prune;
 mod remote;
 mod report;
+mod token;
 
 use crate::args::Command;
 use crate::failure::Failure;
@@ -29,5 +30,6 @@ pub(crate) async fn run(command: Command) -> Result<(), Failure> {
         Command::Decisions(args) => remote::decisions(args).await,
         Command::Mask(args) => remote::mask(args).await,
         Command::Workers(args) => remote::workers(args).await,
+        Command::Token(args) => token::run(&args),
     }
 }
