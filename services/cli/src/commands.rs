@@ -8,6 +8,7 @@ mod logits;
 mod prune;
 mod remote;
 mod report;
+mod token;
 
 use crate::args::Command;
 use crate::failure::Failure;
@@ -40,5 +41,6 @@ pub(crate) async fn run(command: Command) -> Result<(), Failure> {
         Command::Mask(args) => remote::mask(args).await,
         Command::Workers(args) => remote::workers(args).await,
         Command::Drain(args) => remote::drain(args).await,
+        Command::Token(args) => token::run(&args),
     }
 }
