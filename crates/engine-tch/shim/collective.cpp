@@ -25,9 +25,27 @@ struct Store {
   c10::intrusive_ptr<c10d::TCPStore> tcp;
 };
 
+// A group that another thread can end: its connections are failed as Gloo fails them after a timeout, so whoever waits in
+// a collective, here and on the other ranks, gets an error at once, and so does every later collective.
+class Gloo : public c10d::ProcessGroupGloo {
+ public:
+  using ProcessGroupGloo::ProcessGroupGloo;
+
+  void give_up(const std::string& why) {
+    for (const auto& context : contexts_) {
+      for (int peer = 0; peer < getSize(); ++peer) {
+        if (peer == getRank())
+          continue;
+        if (auto* pair = context->getPair(peer).get())
+          reinterpret_cast<gloo::transport::tcp::Pair*>(pair)->signalExceptionExternal(why);
+      }
+    }
+  }
+};
+
 struct Group {
   c10::intrusive_ptr<c10d::Store> store;
-  c10::intrusive_ptr<c10d::Backend> backend;
+  c10::intrusive_ptr<Gloo> gloo;
 
   static void finish(const c10::intrusive_ptr<c10d::Work>& work) {
     if (!work->wait())
@@ -52,6 +70,20 @@ char* esp_store_new(
   });
 }
 
+// How long later calls wait for the server.
+char* esp_store_set_timeout(Store* store, int64_t timeout_ms) {
+  return guard([&] { store->tcp->setTimeout(milliseconds(timeout_ms)); });
+}
+
+char* esp_store_set(Store* store, const char* key) {
+  return guard([&] { store->tcp->set(key, std::vector<uint8_t>{1}); });
+}
+
+// Whether somebody has set `key`; does not wait for it.
+char* esp_store_has(Store* store, const char* key, bool* out) {
+  return guard([&] { *out = store->tcp->check({key}); });
+}
+
 void esp_store_free(Store* store) {
   delete store;
 }
@@ -63,7 +95,7 @@ char* esp_gloo_new(
     auto prefixed = c10::make_intrusive<c10d::PrefixStore>("espalier", store->tcp);
     auto options = c10d::ProcessGroupGloo::Options::create(milliseconds(timeout_ms));
     options->devices.push_back(c10d::ProcessGroupGloo::createDeviceForHostname(bind));
-    auto gloo = c10::make_intrusive<c10d::ProcessGroupGloo>(prefixed, rank, world, options);
+    auto gloo = c10::make_intrusive<Gloo>(prefixed, rank, world, options);
     *out = new Group{prefixed, gloo};
   });
 }
@@ -73,8 +105,13 @@ char* esp_all_reduce(Group* group, void* values, int op) {
     std::vector<at::Tensor> list{tensor(values)};
     c10d::AllreduceOptions options;
     options.reduceOp = static_cast<c10d::ReduceOp::RedOpType>(op);
-    Group::finish(group->backend->allreduce(list, options));
+    Group::finish(group->gloo->allreduce(list, options));
   });
+}
+
+// Called from another thread than the one that may be in a collective.
+char* esp_group_give_up(Group* group) {
+  return guard([&] { group->gloo->give_up("given up: the session is over"); });
 }
 
 void esp_group_free(Group* group) {

@@ -23,6 +23,9 @@ unsafe extern "C" {
         out: *mut *mut RawStore,
         bound: *mut u16,
     ) -> *mut c_char;
+    pub(crate) fn esp_store_set_timeout(store: *mut RawStore, timeout_ms: i64) -> *mut c_char;
+    pub(crate) fn esp_store_set(store: *mut RawStore, key: *const c_char) -> *mut c_char;
+    pub(crate) fn esp_store_has(store: *mut RawStore, key: *const c_char, out: *mut bool) -> *mut c_char;
     pub(crate) fn esp_store_free(store: *mut RawStore);
     pub(crate) fn esp_gloo_new(
         store: *mut RawStore,
@@ -33,6 +36,7 @@ unsafe extern "C" {
         out: *mut *mut RawGroup,
     ) -> *mut c_char;
     pub(crate) fn esp_all_reduce(group: *mut RawGroup, values: *mut c_void, op: c_int) -> *mut c_char;
+    pub(crate) fn esp_group_give_up(group: *mut RawGroup) -> *mut c_char;
     pub(crate) fn esp_group_free(group: *mut RawGroup);
     pub(crate) fn esp_fused_adamw(
         param: *mut c_void,

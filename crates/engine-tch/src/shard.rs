@@ -415,13 +415,16 @@ impl Shard {
         }
         let timeout = self.setup.collective_timeout;
         let served = self.rendezvous.take();
+        let progress = self.setup.progress.clone();
         self.communicator = match (Meeting::parse(&rendezvous.0)?, served) {
-            (Meeting::Gloo { .. }, Some(store)) => Box::new(Gloo::join(store, host, rank, degree, timeout)?),
-            (Meeting::Gloo { host: address, port }, None) => {
-                let store = Store::connect(&address, port, timeout)?;
-                Box::new(Gloo::join(store, host, rank, degree, timeout)?)
+            (Meeting::Gloo { .. }, Some(store)) => {
+                Box::new(Gloo::join(store, host, rank, degree, timeout, progress)?)
             }
-            (Meeting::Nccl(id), _) => Box::new(Nccl::join(&id, self.device, rank, degree, timeout)?),
+            (Meeting::Gloo { host: address, port }, None) => {
+                let store = Store::connect(&address, port, timeout, &progress)?;
+                Box::new(Gloo::join(store, host, rank, degree, timeout, progress)?)
+            }
+            (Meeting::Nccl(id), _) => Box::new(Nccl::join(&id, self.device, rank, degree, timeout, progress)?),
         };
         Ok(())
     }
@@ -455,7 +458,7 @@ pub fn has_kernels(device: Device) -> bool {
 /// # Errors
 /// When the library is missing or does not work with the device.
 pub fn check_nccl(device: Device, timeout: Duration) -> std::result::Result<(), EngineError> {
-    let mut group = Nccl::join(&unique_id()?, device, 0, 1, timeout)?;
+    let mut group = Nccl::join(&unique_id()?, device, 0, 1, timeout, Arc::default())?;
     for kind in [Kind::Float, Kind::BFloat16] {
         let ones = || Tensor::f_ones([1 << 20], (kind, device)).map_err(Fault::from);
         for op in [ReduceOp::Sum, ReduceOp::Max] {
