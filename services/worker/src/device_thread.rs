@@ -5,7 +5,8 @@ use crate::failure;
 use crate::session::{Progress, SessionEnd};
 use checkpoint::ModelFolder;
 use engine::{
-    CollectiveBackend, Engine, EngineError, MaskApplied, NllSum, Rendezvous, ShardEngine, ShardSetup, Snapshot,
+    CollectiveBackend, Engine, EngineError, MaskApplied, NllSum, Rendezvous, ShardEngine, ShardSetup,
+    Snapshot,
 };
 use model_spec::ModelSpec;
 use pruning::KeepMask;
@@ -226,7 +227,8 @@ impl<'a> Shard<'a> {
             return Err(context.end.why().into());
         }
         if let Some(restore) = &setup.restore {
-            mask::check_fits(&restore.keep_mask, folder.spec(), "restore.keep_mask").map_err(Failure::from)?;
+            mask::check_fits(&restore.keep_mask, folder.spec(), "restore.keep_mask")
+                .map_err(Failure::from)?;
         }
         let engine = engine.load(setup.clone())?;
         let (data_sha256, window_count) = data.training_digest();

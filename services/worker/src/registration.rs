@@ -99,10 +99,12 @@ impl Registration<'_> {
             let request = pb::RegisterRequest { info: Some(self.worker.clone()) };
             let status = match client.register(within(CALL, request)).await {
                 Ok(response) => {
-                    let pb::RegisterResponse { lease_id, lease_duration, renew_interval } = response.into_inner();
+                    let pb::RegisterResponse { lease_id, lease_duration, renew_interval } =
+                        response.into_inner();
                     let duration = usable(duration_from_pb(lease_duration));
                     let third = duration / 3;
-                    let interval = duration_from_pb(renew_interval).unwrap_or(third).clamp(SHORTEST_INTERVAL, third);
+                    let interval =
+                        duration_from_pb(renew_interval).unwrap_or(third).clamp(SHORTEST_INTERVAL, third);
                     return Ok(Lease { id: lease_id, duration, interval });
                 }
                 Err(status) => status,

@@ -1,7 +1,7 @@
 //! `WorkerService`: messages into domain types, an order to the device thread, its answer back.
 
-use crate::data::{DataRequest, LocatedSource};
 use crate::checkpoint_store::{Allowed, CheckpointFolder};
+use crate::data::{DataRequest, LocatedSource};
 use crate::device_thread::{Command, Perplexity, SessionSetup, Stretch, Taken};
 use crate::failure;
 use crate::session::{Session, Starter};
@@ -9,6 +9,7 @@ use crate::session_stream::SessionStream;
 use blob_store::Location;
 use checkpoint::ModelFolder;
 use engine::{CollectiveBackend, Engine, ExportJob, Rendezvous, Restore, ShardSetup};
+use pruning::KeepMask;
 use service_kit::{PathRefused, Roots};
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -20,7 +21,6 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 use tracing::{Instrument, Span, error, info, warn};
 use wire::convert::{data, mask, recipe, run};
-use pruning::KeepMask;
 use wire::pb::checkpoint_response::Kind;
 use wire::pb::worker_service_server::WorkerService;
 use wire::status::{Failure, Reason, chain};
@@ -137,7 +137,10 @@ impl WorkerRpc {
             let (hung, patience) = (self.inner.hung.clone(), self.inner.collective_timeout + DEVICE_GRACE);
             tokio::spawn(async move {
                 if tokio::time::timeout(patience, device_free.cancelled()).await.is_err() {
-                    error!(seconds = patience.as_secs(), "the device thread does not come back; the worker must end");
+                    error!(
+                        seconds = patience.as_secs(),
+                        "the device thread does not come back; the worker must end"
+                    );
                     hung.cancel();
                 }
             });
@@ -285,7 +288,8 @@ impl RestoreFrom {
     fn checked(message: pb::Restore, allowed: &Allowed, found: &mut Violations) -> Option<Self> {
         let files = checked_shards(message.shards, "restore.shards", found);
         let keep_mask = mask::from_pb(message.keep_mask, "restore.keep_mask", found);
-        let folder = allowed.input(&message.url).map_err(|problem| found.reject("restore.url", problem)).ok()?;
+        let folder =
+            allowed.input(&message.url).map_err(|problem| found.reject("restore.url", problem)).ok()?;
         let (generation, next_step) = (message.generation, message.next_step);
         Some(Self { folder, files, generation, next_step, keep_mask })
     }
@@ -373,8 +377,7 @@ impl Load {
             restore: None,
             progress: Arc::default(),
         };
-        let restore =
-            message.restore.and_then(|restore| RestoreFrom::checked(restore, allowed, &mut found));
+        let restore = message.restore.and_then(|restore| RestoreFrom::checked(restore, allowed, &mut found));
         let data = DataRequest { model, training, evaluation, tasks };
         Ok(found.finish(Self { session_id: message.session_id, shard, data, restore })?)
     }
@@ -428,7 +431,8 @@ fn checked_export(message: pb::ExportRequest, allowed: &Allowed) -> Result<Expor
     })?;
     let model = ModelFolder::open(&job.model).map_err(|error| failure::of_model(&error))?;
     mask::check_fits(&job.keep_mask, model.spec(), "keep_mask")?;
-    let folder = folder.map_err(|()| Failure::new(Reason::Internal, "a refused checkpoint was let through"))?;
+    let folder =
+        folder.map_err(|()| Failure::new(Reason::Internal, "a refused checkpoint was let through"))?;
     Ok(Export { job, folder, files, replace: message.replace })
 }
 
@@ -637,8 +641,7 @@ impl WorkerService for WorkerRpc {
         .await?;
         let permit = Arc::clone(&self.inner.writing).acquire_owned().await;
         let permit = permit.map_err(|_| Failure::new(Reason::ShuttingDown, "the worker is shutting down"))?;
-        let Taken { file, snapshot } =
-            session.call(|reply| Command::Snapshot { with_logits, reply }).await?;
+        let Taken { file, snapshot } = session.call(|reply| Command::Snapshot { with_logits, reply }).await?;
         let (sink, items) = mpsc::channel(2);
         let size_bytes = snapshot.size_bytes();
         let response = |kind| pb::CheckpointResponse { kind: Some(kind) };

@@ -97,6 +97,9 @@ impl Store {
     }
 }
 
+// SAFETY: libtorch's store takes a lock for each call, and any thread may free it.
+unsafe impl Send for Store {}
+
 impl Drop for Store {
     fn drop(&mut self) {
         // SAFETY: `raw` came from `esp_store_new` and is freed once.
@@ -333,17 +336,15 @@ mod tests {
         let progress = Arc::<Progress>::default();
         let store = Store::serve("127.0.0.1", TIMEOUT).unwrap();
         let timeout = Duration::from_millis(200);
-        let fault =
-            text(Gloo::join(store, "127.0.0.1", 0, 3, timeout, progress.clone()).err().unwrap());
+        let fault = text(Gloo::join(store, "127.0.0.1", 0, 3, timeout, progress.clone()).err().unwrap());
         assert!(fault.contains("rank 1 of 3 did not come"), "{fault}");
 
         let store = Store::serve("127.0.0.1", TIMEOUT).unwrap();
-        let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let silent = nobody.local_addr().unwrap().port();
+        // Nobody listens there any more.
+        let unused = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let started = std::thread::scope(|scope| {
             let joins = scope.spawn(|| Gloo::join(store, "127.0.0.1", 0, 2, TIMEOUT, progress.clone()).err());
-            // Its server accepts and says nothing.
-            let connects = scope.spawn(|| Store::connect("127.0.0.1", silent, TIMEOUT, &progress).err());
+            let connects = scope.spawn(|| Store::connect("127.0.0.1", unused, TIMEOUT, &progress).err());
             std::thread::sleep(Duration::from_millis(300));
             let started = Instant::now();
             progress.give_up();

@@ -151,7 +151,7 @@ impl Nccl {
 
     fn form(self, id: &UniqueId) -> Result<Self> {
         let mut group = self;
-        let (tp_rank, tp_degree, timeout) = (group.tp_rank, group.tp_degree, group.timeout);
+        let Self { api, tp_rank, tp_degree, timeout, .. } = group;
         let id = ncclUniqueId { internal: id.0.map(|byte| byte as c_char) };
         let mut config = non_blocking();
         // SAFETY: the pointers are live for the call; the configuration is one of version 2.28.
