@@ -18,7 +18,7 @@ const LAYERS: [&[&str]; 11] = [
     &["service-kit"],
     &["coordinator", "worker"],
     &["espalier"],
-    &["cluster-tests", "processes-tests", "security-tests", "tidy-tests", "benches"],
+    &["cluster-tests", "processes-tests", "security-tests", "simulation-tests", "tidy-tests", "benches"],
 ];
 
 /// From this layer on packages are programs and suites: nothing below may know them, not even in its tests.
