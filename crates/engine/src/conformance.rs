@@ -2,13 +2,14 @@
 //!
 //! They use one rank: what holds between ranks needs a process for each and is checked with those.
 
-use crate::{Engine, EngineError, ProjectionScores, Prompt, ShardEngine, ShardSetup};
+use crate::{Engine, EngineError, Progress, ProjectionScores, Prompt, Restore, ShardEngine, ShardSetup};
 use model_spec::{ModelSpec, Projection};
 use pruning::{KeepMask, LayerKeep};
 use recipe::{Batch, Pruning, Recipe};
 use sha2::{Digest, Sha256};
 use std::fmt::Write as _;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 const ROWS: usize = 2;
@@ -28,6 +29,8 @@ pub fn check(engine: &dyn Engine, model: &Path, dense: &ModelSpec, scratch: &Pat
     suite.what_is_distilled_was_taught_by_the_unpruned_model();
     suite.continuations_are_judged_by_themselves();
     suite.checkpoints_are_what_their_digests_say(scratch);
+    suite.a_restored_shard_goes_on_bit_for_bit(scratch);
+    suite.work_is_seen_to_advance();
 }
 
 struct Suite<'a> {
@@ -58,6 +61,8 @@ impl Suite<'_> {
             tp_rank: 0,
             tp_degree: 1,
             collective_timeout: Duration::from_secs(10),
+            restore: None,
+            progress: Arc::new(Progress::default()),
         }
     }
 
@@ -230,14 +235,50 @@ impl Suite<'_> {
         let mut shard = self.shard();
         self.step(shard.as_mut(), 0);
         let file = scratch.join("rank-0.safetensors");
-        let digest = shard
-            .checkpoint(&file, &self.tokens[..1])
+        let digest = write(shard.as_mut(), &file, &self.tokens[..1])
             .unwrap_or_else(|error| panic!("a checkpoint is not written: {error}"));
         let bytes =
             std::fs::read(&file).unwrap_or_else(|error| panic!("the checkpoint is not there: {error}"));
         assert_eq!(digest, hex(&Sha256::digest(&bytes)), "the digest is that of the file");
-        let missing = shard.checkpoint(&scratch.join("no/such/folder/x"), &self.tokens[..1]);
+        let missing = write(shard.as_mut(), &scratch.join("no/such/folder/x"), &self.tokens[..1]);
         assert!(missing.is_err(), "a checkpoint that cannot be written is an error");
+    }
+
+    fn a_restored_shard_goes_on_bit_for_bit(&self, scratch: &Path) {
+        let (mask, file) = (self.smaller_mask(), scratch.join("to-restore.safetensors"));
+        let mut shard = self.shard();
+        self.step(shard.as_mut(), 0);
+        shard.apply_mask(1, &mask, &[]).unwrap_or_else(|error| panic!("{error}"));
+        self.step(shard.as_mut(), 1);
+        let snapshot = shard.snapshot(&[]).unwrap_or_else(|error| panic!("no snapshot: {error}"));
+        assert!(snapshot.size_bytes() > 0);
+        // What the shard does before the snapshot is written does not show in it.
+        let went_on: Vec<_> = (2..5).map(|step| self.step(shard.as_mut(), step)).collect();
+        let sha256 = snapshot.write(&file).unwrap_or_else(|error| panic!("not written: {error}"));
+        let restore = |shards| Some(Restore { shards, generation: 1, next_step: 2, keep_mask: mask.clone() });
+        let setup = ShardSetup { restore: restore(vec![(file.clone(), sha256)]), ..self.setup() };
+        let mut restored =
+            self.engine.load(setup).unwrap_or_else(|error| panic!("a checkpoint does not load: {error}"));
+        let again: Vec<_> = (2..5).map(|step| self.step(restored.as_mut(), step)).collect();
+        assert!(went_on == again, "a restored shard gives the same losses and scores, bit for bit");
+        let (one, other) = (scratch.join("one.safetensors"), scratch.join("other.safetensors"));
+        let [one, other] = [(&mut shard, &one), (&mut restored, &other)]
+            .map(|(shard, file)| write(shard.as_mut(), file, &[]).unwrap_or_else(|error| panic!("{error}")));
+        assert_eq!(one, other, "and writes the same checkpoint");
+        let damaged = ShardSetup { restore: restore(vec![(file, "0".repeat(64))]), ..self.setup() };
+        assert!(self.engine.load(damaged).is_err(), "a file of another digest must not load");
+    }
+
+    fn work_is_seen_to_advance(&self) {
+        let setup = self.setup();
+        let progress = setup.progress.clone();
+        let mut shard = self.engine.load(setup).unwrap_or_else(|error| panic!("{error}"));
+        let loaded = progress.counts().ticks;
+        assert!(loaded > 0, "loading ticks");
+        self.step(shard.as_mut(), 0);
+        let counts = progress.counts();
+        assert!(counts.ticks > loaded, "a step ticks");
+        assert_eq!(counts.collectives_entered, counts.collectives_left);
     }
 
     /// Without the last key/value head of each layer, where there are several, and every odd channel.
@@ -256,6 +297,10 @@ impl Suite<'_> {
             .collect();
         KeepMask { layers }
     }
+}
+
+fn write(shard: &mut dyn ShardEngine, file: &Path, prompts: &[Vec<u32>]) -> Result<String, EngineError> {
+    shard.snapshot(prompts)?.write(file)
 }
 
 fn hex(bytes: &[u8]) -> String {

@@ -1,7 +1,9 @@
+use crate::Progress;
 use model_spec::Projection;
 use pruning::KeepMask;
 use recipe::Recipe;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// What a shard is made of.
@@ -14,6 +16,22 @@ pub struct ShardSetup {
     pub tp_degree: usize,
     /// Longest a collective may wait for its peers.
     pub collective_timeout: Duration,
+    /// What the shard goes on from; absent for a fresh start.
+    pub restore: Option<Restore>,
+    /// Where the shard says how far it is, and is told to give up.
+    pub progress: Arc<Progress>,
+}
+
+/// A checkpoint of a whole group, which may have been of another degree.
+#[derive(Debug, Clone)]
+pub struct Restore {
+    /// The files by rank of the group that wrote them, each with its SHA-256 in hex.
+    pub shards: Vec<(PathBuf, String)>,
+    /// Mask in force.
+    pub generation: u64,
+    /// The next optimizer step.
+    pub next_step: u64,
+    pub keep_mask: KeepMask,
 }
 
 /// What the ranks need to find each other: an address for Gloo, a unique id for NCCL.
@@ -37,8 +55,10 @@ pub struct StepOutcome {
     /// Global L2 norm of the gradients before clipping.
     pub grad_norm: f64,
     pub learning_rate: f64,
-    /// Empty when the recipe does not prune, or its criterion needs no scores.
+    /// Empty when the recipe does not prune, its criterion needs no scores, or the step was skipped.
     pub scores: Vec<ProjectionScores>,
+    /// Why the optimizer took no step: the place of a number that is not finite. Equal on all ranks.
+    pub skipped: Option<String>,
     /// Part of the step spent on scores.
     pub score_time: Duration,
     pub phase_times: PhaseTimes,
@@ -167,10 +187,11 @@ pub enum EngineError {
 
 /// Makes shards and finished models. One implementation a tensor library.
 pub trait Engine: Send + Sync {
-    /// Loads a rank's shard: frozen weights, fresh LoRA factors, empty moments.
+    /// Loads a rank's shard: frozen weights, and either fresh LoRA factors and empty moments or those of a checkpoint. At the
+    /// degree that the checkpoint was written at, the shard goes on bit for bit as the one that wrote it.
     ///
     /// # Errors
-    /// When the folder, the recipe or the degree does not fit.
+    /// When the folder, the recipe, the degree or the checkpoint does not fit.
     fn load(&self, setup: ShardSetup) -> Result<Box<dyn ShardEngine>, EngineError>;
 
     /// Merges, slices, writes and checks a pruned model.
@@ -211,9 +232,11 @@ pub trait ShardEngine {
 
     /// One optimizer step over the micro-batches, each a list of windows of equal length.
     ///
+    /// A step whose loss or gradient is not finite is skipped: on every rank alike the optimizer takes no step.
+    ///
     /// # Errors
-    /// A loss or score that is not finite, a lost peer, or, where the recipe distils, a window that was not taught; the
-    /// optimizer step has then not been taken.
+    /// The [`MOST_SKIPPED`]th skipped step in a row and one more, a score that is not finite, a lost peer, or, where the
+    /// recipe distils, a window that was not taught; the optimizer step has then not been taken.
     fn train_step(&mut self, step: u64, micro_batches: &[Vec<&[u32]>]) -> Result<StepOutcome, EngineError>;
 
     /// Puts decision `generation` into force: compensates on the windows of `calibration`, of equal length and the same on
@@ -241,13 +264,27 @@ pub trait ShardEngine {
     /// An empty context or continuation, a pair that is longer than the model's positions and one more, a lost peer.
     fn continuation_log_likelihoods(&mut self, prompts: &[Prompt<'_>]) -> Result<Vec<Vec<f64>>, EngineError>;
 
-    /// Writes this rank's LoRA factors, moments and its part of the logits on `prompts` to `file` and returns its
-    /// SHA-256 in hex.
+    /// Copies all that a continuation needs to the host's memory: LoRA factors, moments, what compensation has changed, what
+    /// the unpruned model has taught, and this rank's part of the logits on `prompts`. The shard may go on at once.
     ///
     /// # Errors
-    /// When the file cannot be written.
-    fn checkpoint(&mut self, file: &Path, prompts: &[Vec<u32>]) -> Result<String, EngineError>;
+    /// A lost peer, or too little memory.
+    fn snapshot(&mut self, prompts: &[Vec<u32>]) -> Result<Box<dyn Snapshot>, EngineError>;
 
     /// Resident memory of this rank in bytes: of the device, or of the process on a CPU.
     fn memory_bytes(&self) -> u64;
+}
+
+/// Optimizer steps in a row that may be skipped.
+pub const MOST_SKIPPED: u32 = 3;
+
+/// A rank's state at one place between two steps, apart from its shard. It may be written from another thread.
+pub trait Snapshot: Send {
+    fn size_bytes(&self) -> u64;
+
+    /// Writes `file`, complete and durable or not at all, and returns its SHA-256 in hex.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    fn write(self: Box<Self>, file: &Path) -> Result<String, EngineError>;
 }

@@ -1,21 +1,24 @@
 //! A small deterministic engine without tensors, for testing the services.
 //!
-//! Losses and scores are functions of seed, step and the groups' places in the unpruned model alone, so that any
-//! tensor-parallel degree gives the same masks. Ranks do not talk to each other.
+//! Losses and scores are functions of seed, step, the groups' places in the unpruned model and a chain of digests over all
+//! steps and masks so far, so that any tensor-parallel degree gives the same masks and a state that was restored wrongly
+//! other ones. Ranks do not talk to each other.
 
 use crate::{
-    Engine, EngineError, ExportJob, ExportWritten, MaskApplied, NllSum, PhaseTimes, ProjectionScores, Prompt,
-    Rendezvous, ShardEngine, ShardSetup, StepOutcome,
+    Engine, EngineError, ExportJob, ExportWritten, MOST_SKIPPED, MaskApplied, NllSum, PhaseTimes,
+    ProjectionScores, Prompt, Rendezvous, Restore, ShardEngine, ShardSetup, Snapshot, StepOutcome,
 };
 use model_spec::{ModelSpec, Projection};
 use pruning::KeepMask;
 use recipe::Shrink;
 use sha2::{Digest, Sha256};
 use sharding::Placement;
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 const RENDEZVOUS: &str = "toy:";
@@ -23,8 +26,12 @@ const RENDEZVOUS: &str = "toy:";
 /// What goes wrong at a step of a [`ToyEngine`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ToyFault {
-    /// The loss is NaN.
+    /// The loss is NaN, at that step and all that follow.
     NotFinite,
+    /// The loss is NaN at that step alone.
+    NotFiniteOnce,
+    /// The thread hangs until its session is over.
+    Stuck,
     /// A peer is gone, which is noticed at once.
     PeerLost,
     /// A peer is silent until the collective's timeout.
@@ -42,13 +49,15 @@ pub struct ToyEngine {
     step_time: Duration,
     load_time: Duration,
     fault: Option<(u64, ToyFault)>,
+    /// Set once the fault has happened, where it is to happen but once.
+    spent: Option<Arc<AtomicBool>>,
 }
 
 impl ToyEngine {
     /// An engine for models of these dimensions; it never opens `ShardSetup::model`.
     #[must_use]
     pub fn new(spec: ModelSpec) -> Self {
-        Self { spec, step_time: Duration::ZERO, load_time: Duration::ZERO, fault: None }
+        Self { spec, step_time: Duration::ZERO, load_time: Duration::ZERO, fault: None, spent: None }
     }
 
     /// Every step takes so long, and every pass over a task.
@@ -71,6 +80,14 @@ impl ToyEngine {
         self.fault = Some((step, fault));
         self
     }
+
+    /// `fault` happens when `step` is first reached, and never again in this process.
+    #[must_use]
+    pub fn with_passing_fault(mut self, step: u64, fault: ToyFault) -> Self {
+        self.fault = Some((step, fault));
+        self.spent = Some(Arc::default());
+        self
+    }
 }
 
 impl Engine for ToyEngine {
@@ -84,18 +101,25 @@ impl Engine for ToyEngine {
                 setup.tp_rank, setup.tp_degree
             )));
         }
-        let keep_mask = KeepMask::full(&self.spec);
-        Ok(Box::new(ToyShard {
+        setup.progress.tick();
+        let mut shard = ToyShard {
             spec: self.spec.clone(),
             step_time: self.step_time,
             fault: self.fault,
+            spent: self.spent.clone(),
             joined: setup.tp_degree == 1,
-            setup,
+            keep_mask: KeepMask::full(&self.spec),
             placement,
-            keep_mask,
             generation: 0,
-            taught: HashSet::new(),
-        }))
+            chain: 0,
+            skipped: 0,
+            taught: BTreeSet::new(),
+            setup,
+        };
+        if let Some(restore) = shard.setup.restore.clone() {
+            shard.restore(&restore)?;
+        }
+        Ok(Box::new(shard))
     }
 
     fn export(&self, job: &ExportJob) -> Result<ExportWritten, EngineError> {
@@ -150,19 +174,49 @@ struct ToyShard {
     spec: ModelSpec,
     step_time: Duration,
     fault: Option<(u64, ToyFault)>,
+    spent: Option<Arc<AtomicBool>>,
     setup: ShardSetup,
     placement: Placement,
     keep_mask: KeepMask,
     generation: u64,
     joined: bool,
+    /// Over all steps and masks so far; the same on every rank.
+    chain: u64,
+    /// Steps skipped in a row.
+    skipped: u32,
     /// Windows that were taught.
-    taught: HashSet<Vec<u32>>,
+    taught: BTreeSet<Vec<u32>>,
+}
+
+/// A rank's state as text.
+struct ToySnapshot(String);
+
+impl Snapshot for ToySnapshot {
+    fn size_bytes(&self) -> u64 {
+        self.0.len() as u64
+    }
+
+    fn write(self: Box<Self>, file: &Path) -> Result<String, EngineError> {
+        let error = |error: &std::io::Error| file_error(file, error);
+        let partial = file.with_extension("partial");
+        fs::write(&partial, &self.0).map_err(|cause| error(&cause))?;
+        fs::rename(&partial, file).map_err(|cause| error(&cause))?;
+        Ok(hex(&Sha256::digest(self.0.as_bytes())))
+    }
 }
 
 impl ToyShard {
     fn fail(&self, step: u64, fault: ToyFault) -> EngineError {
         match fault {
-            ToyFault::NotFinite => EngineError::NotFinite { what: "loss".into(), step, value: f64::NAN },
+            ToyFault::NotFinite | ToyFault::NotFiniteOnce => {
+                EngineError::NotFinite { what: "loss".into(), step, value: f64::NAN }
+            }
+            ToyFault::Stuck => {
+                while !self.setup.progress.gives_up() {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                EngineError::Collective("the toy was stuck until it was told to give up".into())
+            }
             ToyFault::PeerLost => EngineError::Collective("a peer closed its connection".into()),
             ToyFault::PeerSilent => {
                 std::thread::sleep(self.setup.collective_timeout);
@@ -171,6 +225,60 @@ impl ToyShard {
             ToyFault::DeviceFailed => EngineError::Device("the toy device has failed".into()),
             ToyFault::Panic => panic!("the toy engine panics at step {step}, as it was told"),
         }
+    }
+
+    /// What goes wrong at `step`.
+    fn fault_at(&self, step: u64) -> Option<ToyFault> {
+        let (at, fault) = self.fault?;
+        let lasts = fault == ToyFault::NotFinite && self.spent.is_none();
+        let due = step == at || (lasts && step > at);
+        let spent = || self.spent.as_ref().is_some_and(|spent| spent.swap(true, Ordering::Relaxed));
+        (due && !spent()).then_some(fault)
+    }
+
+    fn restore(&mut self, restore: &Restore) -> Result<(), EngineError> {
+        let mut states = Vec::new();
+        for (tp_rank, (file, sha256)) in restore.shards.iter().enumerate() {
+            let text = fs::read_to_string(file).map_err(|error| file_error(file, &error))?;
+            let bad = |what: &str| EngineError::File(format!("`{}` {what}", file.display()));
+            if hex(&Sha256::digest(text.as_bytes())) != *sha256 {
+                return Err(bad("has another digest than recorded"));
+            }
+            let mut lines = text.lines();
+            let head =
+                format!("toy rank {tp_rank} of {}, generation {}", restore.shards.len(), restore.generation);
+            if lines.next() != Some(head.as_str()) {
+                return Err(bad("is not the part of that rank and generation"));
+            }
+            let mut number = |name: &str| {
+                let line = lines.next().and_then(|line| line.strip_prefix(name));
+                line.and_then(|line| line.trim().parse::<u64>().ok()).ok_or_else(|| bad("is broken"))
+            };
+            let (chain, skipped, held) = (number("chain")?, number("skipped")?, number("held")?);
+            let taught = lines.filter_map(|line| line.strip_prefix("taught "));
+            let taught: BTreeSet<Vec<u32>> =
+                taught.map(|line| line.split(' ').filter_map(|token| token.parse().ok()).collect()).collect();
+            states.push((chain, skipped, held, taught));
+        }
+        let Some((chain, skipped, _, taught)) = states.first().cloned() else {
+            return Err(EngineError::File("the checkpoint has no files".into()));
+        };
+        if states.iter().any(|state| (state.0, state.1) != (chain, skipped)) {
+            return Err(EngineError::File("the ranks' files are of different places".into()));
+        }
+        restore.keep_mask.check_fits(&self.spec).map_err(|error| EngineError::Refused(error.to_string()))?;
+        let restricted = self.placement.restricted_to(&restore.keep_mask);
+        let shrink = self.setup.recipe.pruning.as_ref().map(|pruning| pruning.shrink);
+        self.placement = match shrink {
+            Some(Shrink::Live) => restricted.rebalanced(&self.spec),
+            Some(Shrink::Never) | None => restricted,
+        };
+        self.keep_mask = restore.keep_mask.clone();
+        self.generation = restore.generation;
+        self.chain = chain;
+        self.skipped = u32::try_from(skipped).unwrap_or(0);
+        self.taught = taught;
+        Ok(())
     }
 
     fn require_group(&self) -> Result<(), EngineError> {
@@ -200,7 +308,16 @@ impl ToyShard {
                 };
                 let values = units
                     .iter()
-                    .map(|&unit| score(self.setup.recipe.seed, step, layer, projection, unit))
+                    .map(|&unit| {
+                        score(
+                            self.setup.recipe.seed ^ self.chain,
+                            self.setup.recipe.seed,
+                            step,
+                            layer,
+                            projection,
+                            unit,
+                        )
+                    })
                     .collect();
                 ProjectionScores { layer, projection, values }
             })
@@ -231,6 +348,7 @@ impl ShardEngine for ToyShard {
             return Err(EngineError::Refused(format!("generation {} is in force", self.generation)));
         }
         std::thread::sleep(self.step_time);
+        self.setup.progress.tick();
         self.taught.extend(rows.iter().map(|row| row.to_vec()));
         Ok(())
     }
@@ -242,21 +360,48 @@ impl ShardEngine for ToyShard {
         {
             return Err(EngineError::Refused(format!("step {step} has a window that was not taught")));
         }
-        if let Some((at, fault)) = self.fault
-            && at == step
-        {
-            return Err(self.fail(step, fault));
+        let mut skipped = None;
+        match self.fault_at(step) {
+            Some(fault @ (ToyFault::NotFinite | ToyFault::NotFiniteOnce)) => {
+                if self.skipped == MOST_SKIPPED {
+                    return Err(self.fail(step, fault));
+                }
+                skipped = Some("the loss is NaN".to_owned());
+            }
+            Some(
+                fault @ (ToyFault::PeerLost
+                | ToyFault::PeerSilent
+                | ToyFault::DeviceFailed
+                | ToyFault::Panic
+                | ToyFault::Stuck),
+            ) => return Err(self.fail(step, fault)),
+            None => {}
         }
         std::thread::sleep(self.step_time);
+        self.setup.progress.tick();
         let predicted: usize = micro_batches.iter().flatten().map(|row| row.len().saturating_sub(1)).sum();
         if predicted == 0 {
             return Err(EngineError::Refused(format!("step {step} has no token to predict")));
         }
         let started = Instant::now();
-        let scores = self.scores(step);
+        let scores = if skipped.is_some() { Vec::new() } else { self.scores(step) };
+        let loss = match skipped {
+            Some(_) => f64::NAN,
+            None => {
+                let noise = 0.01 * unit_interval(mix(self.chain));
+                2.0 + 3.0 / (1.0 + step as f64) + self.keep_mask.sparsity(&self.spec) + noise
+            }
+        };
+        self.skipped = if skipped.is_some() { self.skipped + 1 } else { 0 };
+        if skipped.is_none() {
+            let tokens = micro_batches.iter().flatten().flat_map(|row| row.iter());
+            let read = tokens.fold(0, |read, token| mix(read ^ u64::from(*token)));
+            self.chain = mix(self.chain ^ mix(step) ^ read);
+        }
         let recipe = &self.setup.recipe;
         Ok(StepOutcome {
-            loss: 2.0 + 3.0 / (1.0 + step as f64) + self.keep_mask.sparsity(&self.spec),
+            loss,
+            skipped,
             grad_norm: 0.5 + unit_interval(mix(recipe.seed ^ mix(step))),
             learning_rate: recipe.learning_rate_at(step),
             scores,
@@ -307,11 +452,15 @@ impl ShardEngine for ToyShard {
         self.placement = next;
         self.keep_mask = keep_mask.clone();
         self.generation = generation;
+        let kept = keep_mask.layers.iter().flat_map(|layer| layer.kv_heads.iter().chain(&layer.channels));
+        self.chain = kept.fold(mix(self.chain ^ generation), |chain, unit| mix(chain ^ *unit as u64));
+        self.setup.progress.tick();
         Ok(MaskApplied { received_groups })
     }
 
     fn evaluate(&mut self, rows: &[&[u32]], _rows_per_pass: usize) -> Result<NllSum, EngineError> {
         self.require_group()?;
+        self.setup.progress.tick();
         let predicted: usize = rows.iter().map(|row| row.len().saturating_sub(1)).sum();
         let each = 2.0 + self.keep_mask.sparsity(&self.spec);
         Ok(NllSum { negative_log_likelihood: each * predicted as f64, predicted: predicted as u64 })
@@ -332,14 +481,23 @@ impl ShardEngine for ToyShard {
             .collect()
     }
 
-    fn checkpoint(&mut self, file: &Path, prompts: &[Vec<u32>]) -> Result<String, EngineError> {
+    fn snapshot(&mut self, prompts: &[Vec<u32>]) -> Result<Box<dyn Snapshot>, EngineError> {
         self.require_group()?;
-        let text = format!(
-            "toy rank {} of {}, generation {}, prompts {prompts:?}\n",
-            self.setup.tp_rank, self.setup.tp_degree, self.generation
+        let held: usize =
+            self.placement.ranks[self.setup.tp_rank].iter().map(|layer| layer.channels.len()).sum();
+        let mut text = format!(
+            "toy rank {} of {}, generation {}\nchain {}\nskipped {}\nheld {held}\n",
+            self.setup.tp_rank, self.setup.tp_degree, self.generation, self.chain, self.skipped
         );
-        fs::write(file, &text).map_err(|error| file_error(file, &error))?;
-        Ok(hex(&Sha256::digest(text.as_bytes())))
+        for window in &self.taught {
+            let tokens: Vec<String> = window.iter().map(u32::to_string).collect();
+            // Writing to a String cannot fail.
+            let _ = writeln!(text, "taught {}", tokens.join(" "));
+        }
+        if !prompts.is_empty() {
+            let _ = writeln!(text, "prompts {prompts:?}");
+        }
+        Ok(Box::new(ToySnapshot(text)))
     }
 
     /// As if every live weight of this rank took four bytes.
@@ -358,10 +516,10 @@ impl ShardEngine for ToyShard {
 }
 
 /// In `(0, 2.2)`: mostly the group's own worth, a tenth of it changing from step to step.
-fn score(seed: u64, step: u64, layer: usize, projection: Projection, unit: usize) -> f64 {
+fn score(chained: u64, seed: u64, step: u64, layer: usize, projection: Projection, unit: usize) -> f64 {
     let place = mix(mix(seed ^ mix(layer as u64)) ^ mix((projection.index() as u64) << 32 | unit as u64));
     let worth = unit_interval(place) + unit_interval(mix(place));
-    worth * (1.0 + 0.1 * unit_interval(mix(place ^ mix(step))))
+    worth * (1.0 + 0.1 * unit_interval(mix(place ^ mix(step ^ chained))))
 }
 
 /// In `(0, 1]`.

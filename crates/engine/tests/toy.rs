@@ -2,7 +2,8 @@
 
 use engine::toy::{ToyEngine, ToyFault};
 use engine::{
-    Engine, EngineError, ExportDtype, ExportJob, ProjectionScores, ShardEngine, ShardSetup, conformance,
+    Engine, EngineError, ExportDtype, ExportJob, MOST_SKIPPED, Progress, ProjectionScores, Restore,
+    ShardEngine, ShardSetup, conformance,
 };
 use model_spec::{Family, LayerSpec, ModelSpec, Projection, Rope, RopeScaling};
 use pruning::KeepMask;
@@ -10,6 +11,7 @@ use recipe::{Criterion, Pruning, Recipe, Shrink};
 use sharding::Placement;
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 fn dense() -> ModelSpec {
@@ -33,6 +35,8 @@ fn setup(tp_rank: usize, tp_degree: usize, shrink: Shrink) -> ShardSetup {
         tp_rank,
         tp_degree,
         collective_timeout: Duration::from_millis(50),
+        restore: None,
+        progress: Arc::new(Progress::default()),
     }
 }
 
@@ -135,7 +139,7 @@ fn the_random_criterion_needs_no_scores() {
 
 #[test]
 fn faults_happen_at_their_step_alone() {
-    for fault in [ToyFault::NotFinite, ToyFault::PeerLost, ToyFault::PeerSilent, ToyFault::DeviceFailed] {
+    for fault in [ToyFault::PeerLost, ToyFault::PeerSilent, ToyFault::DeviceFailed] {
         let engine = ToyEngine::new(dense()).with_fault(1, fault);
         let mut shard = engine.load(setup(0, 1, Shrink::Live)).unwrap();
         let rows: [Vec<&[u32]>; 1] = [vec![&[1, 2]]];
@@ -143,14 +147,15 @@ fn faults_happen_at_their_step_alone() {
         let started = Instant::now();
         let error = shard.train_step(1, &rows).unwrap_err();
         match fault {
-            ToyFault::NotFinite => assert!(matches!(error, EngineError::NotFinite { step: 1, .. })),
             ToyFault::PeerLost => assert!(matches!(error, EngineError::Collective(_))),
             ToyFault::PeerSilent => {
                 assert!(matches!(error, EngineError::Collective(_)));
                 assert!(started.elapsed() >= Duration::from_millis(50));
             }
             ToyFault::DeviceFailed => assert!(matches!(error, EngineError::Device(_))),
-            ToyFault::Panic => unreachable!("not among the faults above"),
+            ToyFault::NotFinite | ToyFault::NotFiniteOnce | ToyFault::Stuck | ToyFault::Panic => {
+                unreachable!("not among the faults above")
+            }
         }
         shard.train_step(2, &rows).unwrap();
     }
@@ -162,7 +167,7 @@ fn an_export_checks_its_shards_and_leaves_a_folder() {
     let engine = ToyEngine::new(dense());
     let mut shard = engine.load(setup(0, 1, Shrink::Live)).unwrap();
     let file = scratch.path().join("rank-0.safetensors");
-    let sha256 = shard.checkpoint(&file, &[vec![1]]).unwrap();
+    let sha256 = shard.snapshot(&[vec![1]]).unwrap().write(&file).unwrap();
     let job = ExportJob {
         model: "/not/read".into(),
         recipe: Recipe::default(),
@@ -181,4 +186,97 @@ fn an_export_checks_its_shards_and_leaves_a_folder() {
     let elsewhere = ExportJob { out: scratch.path().join("other"), ..job };
     assert!(matches!(engine.export(&elsewhere), Err(EngineError::File(_))));
     assert!(!elsewhere.out.exists());
+}
+
+#[test]
+fn a_number_that_is_not_finite_skips_its_step_and_too_many_in_a_row_are_an_error() {
+    let rows: [Vec<&[u32]>; 1] = [vec![&[1, 2]]];
+    let load = |fault| ToyEngine::new(dense()).with_fault(1, fault).load(setup(0, 1, Shrink::Live)).unwrap();
+    let mut shard = load(ToyFault::NotFiniteOnce);
+    let skipped = |step, shard: &mut Box<dyn ShardEngine>| {
+        let outcome = shard.train_step(step, &rows).unwrap();
+        assert_eq!(outcome.skipped.is_some(), outcome.scores.is_empty());
+        outcome.skipped.is_some()
+    };
+    assert_eq!((0..4).map(|step| skipped(step, &mut shard)).collect::<Vec<_>>(), [false, true, false, false]);
+    let mut shard = load(ToyFault::NotFinite);
+    assert!(!skipped(0, &mut shard));
+    for step in 1..=u64::from(MOST_SKIPPED) {
+        assert!(skipped(step, &mut shard));
+    }
+    let error = shard.train_step(u64::from(MOST_SKIPPED) + 1, &rows).unwrap_err();
+    assert!(matches!(error, EngineError::NotFinite { .. }), "{error}");
+}
+
+#[test]
+fn a_fault_that_passes_happens_once_however_often_the_step_is_taken() {
+    let engine = ToyEngine::new(dense()).with_passing_fault(1, ToyFault::PeerLost);
+    let rows: [Vec<&[u32]>; 1] = [vec![&[1, 2]]];
+    for failures in [1, 0] {
+        let mut shard = engine.load(setup(0, 1, Shrink::Live)).unwrap();
+        let failed = (0..3).filter(|step| shard.train_step(*step, &rows).is_err()).count();
+        assert_eq!(failed, failures);
+    }
+}
+
+#[test]
+fn a_stuck_thread_ends_when_it_is_told_to_give_up() {
+    let engine = ToyEngine::new(dense()).with_fault(0, ToyFault::Stuck);
+    let setup = setup(0, 1, Shrink::Live);
+    let progress = setup.progress.clone();
+    let mut shard = engine.load(setup).unwrap();
+    let ticks = progress.counts().ticks;
+    std::thread::scope(|scope| {
+        let stuck = progress.clone();
+        scope.spawn(move || {
+            std::thread::sleep(Duration::from_millis(50));
+            assert_eq!(stuck.counts().ticks, ticks, "a stuck thread does not tick");
+            stuck.give_up();
+        });
+        let error = shard.train_step(0, &[vec![&[1, 2]]]).unwrap_err();
+        assert!(matches!(error, EngineError::Collective(_)));
+    });
+}
+
+#[test]
+fn a_group_of_another_degree_goes_on_alike() {
+    let (dense, scratch) = (dense(), tempfile::tempdir().unwrap());
+    let rows: [Vec<&[u32]>; 1] = [vec![&[1, 2, 3]]];
+    let mut mask = KeepMask::full(&dense);
+    for keep in &mut mask.layers {
+        keep.channels.drain(..19);
+    }
+    let group = |degree: usize, restore: Option<&Restore>| -> Vec<Box<dyn ShardEngine>> {
+        let load = |rank| {
+            let setup = ShardSetup { restore: restore.cloned(), ..setup(rank, degree, Shrink::Live) };
+            let mut shard = ToyEngine::new(dense.clone()).load(setup).unwrap();
+            shard.join_group(&engine::Rendezvous(b"toy:here".to_vec()), "here").unwrap();
+            shard
+        };
+        (0..degree).map(load).collect()
+    };
+    let mut first = group(2, None);
+    let mut shards = Vec::new();
+    for (rank, shard) in first.iter_mut().enumerate() {
+        shard.train_step(0, &rows).unwrap();
+        shard.apply_mask(1, &mask, &[]).unwrap();
+        let file = scratch.path().join(format!("rank-{rank}"));
+        let sha256 = shard.snapshot(&[]).unwrap().write(&file).unwrap();
+        shards.push((file, sha256));
+    }
+    let restore = Restore { shards, generation: 1, next_step: 1, keep_mask: mask.clone() };
+    let scores = |group: &mut Vec<Box<dyn ShardEngine>>| {
+        let placement =
+            Placement::dense(&dense, group.len()).unwrap().restricted_to(&mask).rebalanced(&dense);
+        let mut all = BTreeMap::new();
+        for (rank, shard) in group.iter_mut().enumerate() {
+            let outcome = shard.train_step(1, &rows).unwrap();
+            by_place(&outcome.scores, &placement.ranks[rank], &mut all);
+        }
+        all
+    };
+    let expected = scores(&mut first);
+    for degree in [1, 2, 3] {
+        assert!(scores(&mut group(degree, Some(&restore))) == expected, "degree {degree}");
+    }
 }

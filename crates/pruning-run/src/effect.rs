@@ -1,5 +1,5 @@
-use crate::{Generation, RunEvent, ShardFile};
-use pruning::KeepMask;
+use crate::{CheckpointRef, Generation, RunEvent, SavedState, ShardFile};
+use pruning::{KeepMask, MovingAverage};
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -8,8 +8,16 @@ use std::time::SystemTime;
 pub enum Effect {
     /// Store and publish an event of the run's log. It comes before the effects that depend on it.
     Record(RunEvent),
-    /// Load the shard on every rank.
-    Load,
+    /// Keep what the decision that is recorded next was made on; both are stored together.
+    KeepImportance { generation: Generation, importance: Arc<MovingAverage> },
+    /// Wait in the queue for `workers` of them; `at_least` so many will do when no more come.
+    Enqueue { workers: usize, at_least: usize },
+    /// Leave the queue.
+    LeaveQueue,
+    /// Read a checkpoint back. Answered by `Restored` or `RestoreFailed`.
+    Restore(CheckpointRef),
+    /// Load the shard on every rank, fresh or from a checkpoint.
+    Load { restore: Option<Restore> },
     /// Open the meeting point on rank 0. A group of one rank needs none and does not join.
     OpenRendezvous,
     /// Let every rank join.
@@ -20,19 +28,33 @@ pub enum Effect {
     Train { first_step: u64, end_step: u64, generation: Generation },
     /// Put a decision into force on every rank.
     ApplyMask { generation: Generation, keep_mask: Arc<KeepMask> },
-    /// Write every rank's state.
-    Checkpoint,
+    /// Write every rank's state under this name.
+    Checkpoint { name: String, with_logits: bool },
+    /// Write the coordinator's part of a checkpoint, then its manifest. Answered by `CheckpointWritten` or
+    /// `CheckpointFailed`.
+    Commit { name: String, state: Arc<SavedState> },
+    /// All checkpoints of this run but these may go.
+    Retain(Vec<CheckpointRef>),
     /// End the sessions of all ranks and drop every call in flight. Answered by `SessionsAborted` unless the run has
     /// ended.
     AbortSessions,
+    /// Give back all workers.
+    ReleaseWorkers,
     /// Give back all workers but rank 0's.
     ReleaseAllButFirst,
     /// Write the result on rank 0's worker.
-    Export { shards: Vec<ShardFile>, keep_mask: Arc<KeepMask> },
+    Export { checkpoint: CheckpointRef, shards: Vec<ShardFile>, keep_mask: Arc<KeepMask> },
     /// Send `Woken` at this time.
     WakeAt(SystemTime),
     /// An event was out of place and changed nothing; worth a line in the log.
     Refuse(Refusal),
+}
+
+/// What the ranks go on from.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Restore {
+    pub checkpoint: CheckpointRef,
+    pub state: Arc<SavedState>,
 }
 
 /// One of the things that are measured, by its place among those of its kind.

@@ -1,6 +1,7 @@
-use crate::{ExportResult, Generation, WorkerId};
+use crate::{ExportResult, Generation, SavedState, WorkerId};
 use model_spec::Projection;
 use serde::{Deserialize, Serialize};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// What can happen to a run: outcomes of its effects, and the world breaking in.
@@ -46,8 +47,18 @@ pub enum Event {
     },
     /// A rank has measured a task.
     TaskEvaluated { tp_rank: usize, task_index: usize, score: TaskScore, duration: Duration },
-    /// A rank has written its state.
+    /// A rank has copied its state aside and can go on.
+    Snapshotted { tp_rank: usize },
+    /// A rank has written its copy.
     Checkpointed { tp_rank: usize, shard: ShardFile },
+    /// A rank could not write its copy, or the coordinator its own part: checkpoint `name` will never be.
+    CheckpointFailed { name: String, cause: String },
+    /// All files of checkpoint `name` are in the store, the manifest last.
+    CheckpointWritten { name: String, size_bytes: u64 },
+    /// A checkpoint was read back.
+    Restored { state: Arc<SavedState> },
+    /// A checkpoint cannot be read; `damaged` ones never will be.
+    RestoreFailed { cause: String, damaged: bool },
     /// All sessions have ended and their memory is free.
     SessionsAborted,
     /// The result is written and checked.
@@ -58,8 +69,15 @@ pub enum Event {
     WorkerLost { worker: WorkerId, cause: String },
     /// The coordinator itself cannot go on, for instance because its disk is full.
     CoordinatorFailed { cause: String },
-    /// Someone asked for the end.
-    CancelRequested { reason: String },
+    /// Someone asked for the end, at once where `discard` is set, else after a checkpoint.
+    CancelRequested { reason: String, discard: bool },
+    /// Someone asked the run to wait.
+    PauseRequested { reason: String },
+    /// Someone asked a paused run to go on.
+    ResumeRequested { reason: String },
+    /// The workers are needed back, after a checkpoint. The run then queues again, or rests until the coordinator's next
+    /// start.
+    YieldRequested { reason: String, requeue: bool },
     /// The time asked for with [`crate::Effect::WakeAt`] has come.
     Woken,
 }
@@ -67,14 +85,16 @@ pub enum Event {
 /// Why a call to a rank failed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Fault {
-    /// The rank's own.
+    /// The rank's own; another try may do better.
     Own(String),
+    /// The rank's own, and any other try would end alike, as with a file that is not there.
+    Lasting(String),
     /// A peer did not answer it: some other rank is to blame.
     PeerLost(String),
 }
 
 /// What one rank says of one step.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RankReport {
     pub step: u64,
     pub loss: f64,
@@ -85,6 +105,8 @@ pub struct RankReport {
     pub score_duration: Duration,
     pub memory_bytes: u64,
     pub generation: Generation,
+    /// Why the optimizer took no step; empty when it did.
+    pub skipped: String,
 }
 
 /// One rank's measurement of a task.
@@ -113,4 +135,5 @@ pub struct ShardFile {
     pub file: String,
     /// SHA-256 in hex.
     pub sha256: String,
+    pub size_bytes: u64,
 }

@@ -10,24 +10,33 @@
 //! 4. A repeated acknowledgement is harmless, one of another generation is refused.
 //! 5. No rank trains while ranks hold different generations.
 //! 6. Nothing happens after a run has ended.
+//! 7. One generation has one mask for ever: a decision that was logged before a fault is applied again, not made anew.
+//! 8. A checkpoint is of one place between two steps, on all ranks; it counts once its manifest is written.
 
+mod checkpointing;
 mod effect;
 mod event;
+mod history;
 mod ids;
+mod leaving;
 mod log;
 mod measuring;
 mod run;
+mod saved;
 mod setup;
 mod steps;
 mod training;
 mod transition;
 
-pub use effect::{Effect, Measurement, Refusal};
+pub use effect::{Effect, Measurement, Refusal, Restore};
 pub use event::{Event, Fault, RankReport, ShardFile, TaskScore};
+pub use history::History;
 pub use ids::{Generation, RunId, WorkerId};
 pub use log::{
-    Accuracy, Decision, Evaluation, ExportResult, RunEvent, RunEventKind, RunState, StepReport, TaskResult,
+    Accuracy, Checkpoint, Decision, Evaluation, ExportResult, GuardVerdict, Restart, RunEvent, RunEventKind,
+    RunState, StepReport, TaskResult,
 };
 pub use run::Run;
-pub use setup::{RunOptions, RunSetup, SetupError};
+pub use saved::{CheckpointRef, SavedState};
+pub use setup::{Guard, GuardAction, GuardBound, Retention, RunOptions, RunSetup, SetupError};
 pub use transition::transition;

@@ -1,6 +1,6 @@
 //! What a run tells the world: numbered events, from which everything shown of a run can be rebuilt.
 
-use crate::{Generation, TaskScore};
+use crate::{CheckpointRef, Generation, GuardAction, TaskScore};
 use model_spec::LayerSpec;
 use pruning::{KeepMask, LayerKeep};
 use serde::{Deserialize, Serialize};
@@ -25,6 +25,9 @@ pub enum RunEventKind {
     Evaluation(Evaluation),
     Task(TaskResult),
     Export(ExportResult),
+    Checkpoint(Checkpoint),
+    Restart(Restart),
+    Guard(GuardVerdict),
 }
 
 /// Where a run stands.
@@ -42,6 +45,14 @@ pub enum RunState {
     Succeeded,
     Failed,
     Cancelled,
+    /// A checkpoint is written in order to pause.
+    Pausing,
+    /// Waits to be asked on; no worker is held.
+    Paused,
+    /// Waits for workers in order to go on from a checkpoint.
+    Recovering,
+    /// A checkpoint is written in order to end.
+    Cancelling,
 }
 
 impl RunState {
@@ -49,14 +60,21 @@ impl RunState {
     #[must_use]
     pub fn has_ended(self) -> bool {
         match self {
-            Self::Queued | Self::Starting | Self::Running | Self::Exporting => false,
+            Self::Queued
+            | Self::Starting
+            | Self::Running
+            | Self::Exporting
+            | Self::Pausing
+            | Self::Paused
+            | Self::Recovering
+            | Self::Cancelling => false,
             Self::Succeeded | Self::Failed | Self::Cancelled => true,
         }
     }
 }
 
 /// What one optimizer step did, all ranks taken together.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct StepReport {
     /// 0-based.
     pub step: u64,
@@ -76,6 +94,9 @@ pub struct StepReport {
     pub sparsity: f64,
     /// Mask in force during this step.
     pub generation: Generation,
+    /// Why the optimizer took no step; empty when it did.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub skipped: String,
 }
 
 /// One numbered, immutable choice of what stays.
@@ -97,6 +118,41 @@ impl Decision {
     pub fn widths(&self) -> Vec<LayerSpec> {
         self.keep_mask.layers.iter().map(LayerKeep::widths).collect()
     }
+}
+
+/// A complete checkpoint.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Checkpoint {
+    pub place: CheckpointRef,
+    pub size_bytes: u64,
+    /// From the snapshot to the manifest.
+    pub duration: Duration,
+    /// It holds the logits that an export is checked against.
+    pub with_logits: bool,
+}
+
+/// A run goes on from a checkpoint, or starts anew where there was none.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Restart {
+    /// How often the run has done so.
+    pub restarts: u32,
+    /// The next optimizer step, from which on step events are repeated.
+    pub next_step: u64,
+    pub generation: Generation,
+    pub cause: String,
+    /// Workers of the new group.
+    pub tp_degree: usize,
+}
+
+/// A quality guard has looked.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct GuardVerdict {
+    pub perplexity: f64,
+    pub max_perplexity: f64,
+    /// Mask measured.
+    pub generation: Generation,
+    /// What follows; absent when pruning goes on.
+    pub action: Option<GuardAction>,
 }
 
 /// A measured perplexity.

@@ -1,35 +1,71 @@
 //! Measuring the model: each window length, then each task, one after the other, on all ranks at once.
 
-use crate::run::{Answer, Gather, Measured, Phase};
+use crate::run::{Answer, Gather, Measured, Next, Phase, Purpose, Run};
+use crate::setup::{GuardAction, GuardBound};
 use crate::transition::{Transition, agree};
-use crate::{Effect, Evaluation, RunEventKind, TaskResult, TaskScore};
+use crate::{Effect, Evaluation, Generation, GuardVerdict, Measurement, RunEventKind, TaskResult, TaskScore};
 use std::time::Duration;
 
-impl Transition<'_> {
-    pub(crate) fn evaluate(&mut self, label: &'static str) {
-        self.measure(label, 0);
+/// Label of the model as it came.
+pub(crate) const DENSE: &str = "dense";
+
+impl Run {
+    /// Label of what the run makes.
+    pub(crate) fn result_label(&self) -> &'static str {
+        if self.setup.target().is_some() { "pruned" } else { "tuned" }
     }
 
-    /// Measures number `place`, or goes on when all are measured.
-    fn measure(&mut self, label: &'static str, place: usize) {
-        if let Some(measurement) = self.run.setup.measurements().get(place) {
-            self.run.phase = Phase::Evaluating { label, place, answers: Gather::new(self.run.tp_degree()) };
-            self.effects.push(Effect::Evaluate(*measurement));
-        } else if self.run.next_step < self.run.setup.recipe().steps {
-            self.train();
-        } else {
-            self.wind_up();
+    pub(crate) fn label(&self, purpose: Purpose) -> &'static str {
+        match purpose {
+            Purpose::Dense => DENSE,
+            Purpose::Result => self.result_label(),
+            Purpose::Guard => "half-pruned",
         }
+    }
+
+    /// How many measurements the result takes.
+    pub(crate) fn result_measurements(&self) -> usize {
+        match self.setup.recipe().steps {
+            0 => 0,
+            _ => self.setup.measurements().len(),
+        }
+    }
+}
+
+impl Transition<'_> {
+    /// Measures what is not measured yet, or goes on when all is.
+    pub(crate) fn measure(&mut self, purpose: Purpose) {
+        let (place, measurement) = match purpose {
+            Purpose::Guard => (0, Some(Measurement::Window { index: 0 })),
+            Purpose::Dense | Purpose::Result => {
+                let place = self.run.history.measured(self.run.label(purpose));
+                (place, self.run.setup.measurements().get(place).copied())
+            }
+        };
+        match measurement {
+            // A wish is granted between two measurements.
+            Some(measurement) if self.run.wish.is_none() || purpose == Purpose::Guard => {
+                let answers = Gather::new(self.run.tp_degree());
+                self.run.phase = Phase::Evaluating { purpose, place, answers };
+                self.effects.push(Effect::Evaluate(measurement));
+            }
+            Some(_) | None => self.go_on(),
+        }
+    }
+
+    pub(crate) fn is_measured(&self, purpose: Purpose) -> bool {
+        self.run.history.measured(self.run.label(purpose)) >= self.run.setup.measurements().len()
     }
 
     pub(crate) fn evaluated(&mut self, tp_rank: usize, answer: Answer) {
         if !self.is_rank("a measurement", tp_rank) {
             return;
         }
-        let Phase::Evaluating { label, place, .. } = &self.run.phase else {
+        let Phase::Evaluating { purpose, place, .. } = &self.run.phase else {
             return self.refuse("a measurement", tp_rank);
         };
-        let (label, place) = (*label, *place);
+        let (purpose, place) = (*purpose, *place);
+        let label = self.run.label(purpose);
         // A repeated answer to the question before is none to this one.
         if self.run.setup.measurements().get(place) != Some(&answer.measurement) {
             return self.refuse("a measurement", tp_rank);
@@ -38,18 +74,22 @@ impl Transition<'_> {
         let Some(answers) = answers.put(tp_rank, answer) else { return };
         if let Some(bad) = answers.iter().position(|answer| !answer.measured.is_sound()) {
             let (name, what) = (self.run.name(bad), answers[bad].measured.in_words());
-            return self.fail(format!("the {label} model cannot be measured: {name} reports {what}"));
+            return self.fault(format!("the {label} model cannot be measured: {name} reports {what}"));
         }
         let first = &answers[0].measured;
         if let Some(other) = answers.iter().position(|answer| !answer.measured.agrees_with(first)) {
             let (name, what) = (self.run.name(other), answers[other].measured.in_words());
-            return self.fail(format!(
+            return self.fault(format!(
                 "ranks diverged while measuring the {label} model: {} on rank 0, {what} on {name}",
                 first.in_words()
             ));
         }
         let duration = answers.iter().map(|answer| answer.duration).max().unwrap_or(Duration::ZERO);
         let (label_text, step) = (label.to_owned(), self.run.next_step);
+        if purpose == Purpose::Guard {
+            let measured = first.clone();
+            return self.judge(&measured);
+        }
         self.record(match first.clone() {
             Measured::Window { negative_log_likelihood, predicted_tokens, window_tokens } => {
                 RunEventKind::Evaluation(Evaluation {
@@ -66,7 +106,44 @@ impl Transition<'_> {
                 RunEventKind::Task(TaskResult { label: label_text, score, step, duration })
             }
         });
-        self.measure(label, place + 1);
+        self.measure(purpose);
+    }
+
+    /// Whether a quality guard wants to look before the mask after the last step is decided, or before the run ends.
+    pub(crate) fn guard_looks(&self) -> bool {
+        self.run.setup.options().guard.is_some()
+            && !self.run.history.holds
+            && self.run.generation > Generation(0)
+    }
+
+    fn judge(&mut self, measured: &Measured) {
+        let perplexity = match measured {
+            Measured::Window { negative_log_likelihood, predicted_tokens, .. } => {
+                (negative_log_likelihood / *predicted_tokens as f64).exp()
+            }
+            Measured::Task(_) => return self.refuse("a task", 0),
+        };
+        let Some(guard) = self.run.setup.options().guard else { return self.decide_or_go_on() };
+        let max_perplexity = match (guard.bound, self.run.history.dense_perplexity) {
+            (GuardBound::Perplexity(most), _) => most,
+            (GuardBound::Ratio(ratio), Some(dense)) => ratio * dense,
+            (GuardBound::Ratio(_), None) => {
+                return self
+                    .fail("the quality guard has no perplexity of the dense model to compare with".into());
+            }
+        };
+        let action = (perplexity > max_perplexity).then_some(guard.action);
+        let generation = self.run.generation;
+        self.record(RunEventKind::Guard(GuardVerdict { perplexity, max_perplexity, generation, action }));
+        match action {
+            None => self.decide_or_go_on(),
+            Some(GuardAction::Hold) => self.go_on(),
+            Some(GuardAction::Revert) => {
+                // The checkpoint on its way is of the mask that is given up.
+                self.run.writing = None;
+                self.abandon(Next::Revert);
+            }
+        }
     }
 }
 

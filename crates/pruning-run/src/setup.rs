@@ -2,6 +2,7 @@ use crate::Measurement;
 use model_spec::ModelSpec;
 use pruning::Target;
 use recipe::{FieldViolation, Recipe};
+use serde::{Deserialize, Serialize};
 use sharding::{Placement, PlacementError};
 use std::time::Duration;
 
@@ -17,7 +18,7 @@ pub struct RunSetup {
 }
 
 /// What a run does beside training.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct RunOptions {
     /// Window lengths at which the held-out text is measured, before the first step and after the last.
     pub windows: usize,
@@ -27,6 +28,68 @@ pub struct RunOptions {
     pub exports: bool,
     /// How long a rank that has lost a peer waits for the culprit to be found, before it is named itself.
     pub blame_grace: Duration,
+    /// Fewest workers to go on with after a fault.
+    pub min_tp_degree: usize,
+    /// Optimizer steps between checkpoints, beside those after decisions.
+    pub checkpoint_every: u64,
+    pub retention: Retention,
+    /// Restarts, without a new checkpoint between them, that a run may take.
+    pub max_restarts: u32,
+    pub guard: Option<Guard>,
+    /// Keep the mask that the run starts with.
+    pub stop_pruning: bool,
+}
+
+/// Which checkpoints are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Retention {
+    /// The latest so many.
+    pub last: usize,
+    /// And the first one under each mask, from which the run can be forked.
+    pub decisions: bool,
+}
+
+/// A run prunes on only while the held-out text stays within a bound.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Guard {
+    pub bound: GuardBound,
+    pub action: GuardAction,
+}
+
+/// Highest perplexity that a guard allows.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum GuardBound {
+    Perplexity(f64),
+    /// As a multiple of the dense model's.
+    Ratio(f64),
+}
+
+/// What happens when the bound is exceeded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GuardAction {
+    /// The mask in force stays, and pruning ends.
+    Hold,
+    /// The run goes back to the checkpoint of the decision before, and pruning ends.
+    Revert,
+}
+
+impl Default for RunOptions {
+    /// Nothing measured or exported; a checkpoint every 25 steps, two kept and one for each decision; three restarts.
+    fn default() -> Self {
+        Self {
+            windows: 0,
+            tasks: 0,
+            exports: false,
+            blame_grace: Duration::from_secs(12),
+            min_tp_degree: usize::MAX,
+            checkpoint_every: 25,
+            retention: Retention { last: 2, decisions: true },
+            max_restarts: 3,
+            guard: None,
+            stop_pruning: false,
+        }
+    }
 }
 
 /// All that is wrong with a setup.
@@ -115,12 +178,13 @@ impl RunSetup {
         windows.chain((0..self.options.tasks).map(|index| Measurement::Task { index })).collect()
     }
 
-    pub(crate) fn measures(&self) -> bool {
-        self.options.windows + self.options.tasks > 0
+    /// Fewest workers that the run starts with.
+    pub(crate) fn min_tp_degree(&self) -> usize {
+        self.options.min_tp_degree.clamp(1, self.tp_degree())
     }
 
     /// The step after the last of the stretch that starts at `first_step`: it ends with a decision or with the run.
-    pub(crate) fn segment_end(&self, first_step: u64) -> u64 {
+    pub(crate) fn stretch_end(&self, first_step: u64) -> u64 {
         let decision = self.pruning_steps.iter().find(|step| **step >= first_step);
         decision.map_or(self.recipe.steps, |step| step + 1)
     }

@@ -1,9 +1,9 @@
 //! What follows from a step that all ranks have ended: the report, the average, the decision.
 
-use crate::run::{Gather, Phase};
+use crate::run::{Gather, Phase, Purpose};
 use crate::training::EndedStep;
 use crate::transition::{Transition, agree};
-use crate::{Decision, Effect, Generation, RankReport, RunEventKind, StepReport};
+use crate::{Decision, Effect, RankReport, RunEventKind, StepReport};
 use pruning::{combine, decide, random_importances};
 use recipe::{Criterion, Shrink};
 use std::sync::Arc;
@@ -26,11 +26,17 @@ impl Transition<'_> {
     }
 
     fn end_step(&mut self, ended: EndedStep) {
-        let first = ended.reports[0];
+        let first = ended.reports[0].clone();
         let step = first.step;
+        if let Some(other) = ended.reports.iter().position(|report| report.skipped != first.skipped) {
+            let name = self.run.name(other);
+            return self.fault(format!(
+                "ranks diverged at step {step}: {name} and rank 0 differ on whether it counts"
+            ));
+        }
         if let Some(other) = ended.reports.iter().position(|report| !agree(report.loss, first.loss)) {
             let (name, loss) = (self.run.name(other), ended.reports[other].loss);
-            return self.fail(format!(
+            return self.fault(format!(
                 "ranks diverged at step {step}: the loss is {} on rank 0 and {loss} on {name}",
                 first.loss
             ));
@@ -47,7 +53,9 @@ impl Transition<'_> {
             memory_bytes: ended.reports.iter().map(|report| report.memory_bytes).max().unwrap_or(0),
             sparsity: self.run.keep_mask.sparsity(dense),
             generation: self.run.generation,
+            skipped: first.skipped,
         };
+        self.run.step_duration = Some(report.duration);
         self.record(RunEventKind::Step(report));
         if let Err(error) = self.average(step, ended) {
             self.fail(format!("step {step}: {error}"));
@@ -60,7 +68,8 @@ impl Transition<'_> {
         let (Some(pruning), Some(average)) = (&setup.recipe().pruning, &mut self.run.average) else {
             return Ok(());
         };
-        if setup.pruning_steps().last().is_none_or(|last| step > *last) {
+        let skipped = ended.reports.iter().any(|report| !report.skipped.is_empty());
+        if skipped || setup.pruning_steps().last().is_none_or(|last| step > *last) {
             return Ok(());
         }
         let grouping = pruning.head_grouping;
@@ -77,22 +86,60 @@ impl Transition<'_> {
         Ok(average.update(&importances)?)
     }
 
-    /// Decides the mask due after `step`, logs it and has every rank apply it.
-    pub(crate) fn decide(&mut self, step: u64) {
+    /// What follows from the steps so far: a decision, if one is due and the guard lets it, or more of them.
+    pub(crate) fn consider(&mut self) {
+        let done = self.run.next_step >= self.run.setup.recipe().steps;
+        if (self.decision_is_due() || done) && self.guard_looks() {
+            self.measure(Purpose::Guard);
+        } else {
+            self.decide_or_go_on();
+        }
+    }
+
+    /// A mask is in force: the guard looks at the last one, if it is the last step's.
+    pub(crate) fn consider_end(&mut self) {
+        if self.run.next_step >= self.run.setup.recipe().steps && self.guard_looks() {
+            self.measure(Purpose::Guard);
+        } else {
+            self.go_on();
+        }
+    }
+
+    fn decision_is_due(&self) -> bool {
+        let in_force = self.run.history.decision(self.run.generation);
+        let due = |last| {
+            self.run.setup.pruning_steps().binary_search(&last).is_ok()
+                && in_force.is_none_or(|decision| decision.step < last)
+        };
+        !self.run.history.holds && self.run.next_step.checked_sub(1).is_some_and(due)
+    }
+
+    pub(crate) fn decide_or_go_on(&mut self) {
+        if self.decision_is_due() { self.decide(self.run.next_step - 1) } else { self.go_on() }
+    }
+
+    /// Decides the mask due after `step`, logs it and has every rank apply it. One that was logged before a restart is
+    /// not decided anew.
+    fn decide(&mut self, step: u64) {
         let setup = &self.run.setup;
         let (Some(pruning), Some(target), Some(average)) =
             (&setup.recipe().pruning, setup.target(), &mut self.run.average)
         else {
-            return self.train();
+            return self.go_on();
         };
-        debug_assert_eq!(average.updates, step + 1, "every step up to the decision has been averaged");
+        debug_assert!(average.updates <= step + 1, "no step is averaged twice");
         let dense = setup.dense();
         let share = pruning.ramp.share_at(step, setup.recipe().steps);
-        let keep_mask = match decide(dense, &self.run.keep_mask, average, target, share) {
-            Ok(keep_mask) => Arc::new(keep_mask),
-            Err(error) => {
-                return self.fail(format!("no mask can be decided after step {step}: {}", chain(&error)));
-            }
+        let generation = self.run.generation.next();
+        let logged = self.run.history.decision(generation).cloned();
+        let keep_mask = match &logged {
+            Some(logged) => Arc::new(logged.keep_mask.clone()),
+            None => match decide(dense, &self.run.keep_mask, average, target, share) {
+                Ok(keep_mask) => Arc::new(keep_mask),
+                Err(error) => {
+                    return self.fail(format!("no mask can be decided after step {step}: {}", chain(&error)));
+                }
+            },
         };
         debug_assert!(keep_mask.check_subset_of(&self.run.keep_mask).is_ok(), "kept sets only shrink");
         debug_assert!(
@@ -101,8 +148,8 @@ impl Transition<'_> {
                 .all(|layer| keep_mask.layers[layer] == self.run.keep_mask.layers[layer]),
             "protected layers are never touched"
         );
+        let importance = logged.is_none().then(|| Arc::new(average.clone()));
         average.forget_removed(&keep_mask, pruning.head_grouping);
-        let generation = self.run.generation.next();
         let decision = Decision {
             generation,
             step,
@@ -115,19 +162,13 @@ impl Transition<'_> {
             Shrink::Live => restricted.rebalanced(dense),
             Shrink::Never => restricted,
         };
-        self.put_in_force(generation, keep_mask, decision);
-    }
-
-    fn put_in_force(
-        &mut self,
-        generation: Generation,
-        keep_mask: Arc<pruning::KeepMask>,
-        decision: Decision,
-    ) {
         self.run.generation = generation;
         self.run.keep_mask = keep_mask.clone();
         self.run.phase = Phase::ApplyingMask { acknowledged: Gather::new(self.run.tp_degree()) };
-        self.record(RunEventKind::Decision(Arc::new(decision)));
+        if let Some(importance) = importance {
+            self.effects.push(Effect::KeepImportance { generation, importance });
+            self.record(RunEventKind::Decision(Arc::new(decision)));
+        }
         self.effects.push(Effect::ApplyMask { generation, keep_mask });
     }
 }

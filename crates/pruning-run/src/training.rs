@@ -120,7 +120,7 @@ impl Segment {
         let step = report.step;
         self.check_due(tp_rank, "a report", step, report.generation)?;
         for (what, value) in [("loss", report.loss), ("gradient norm", report.grad_norm)] {
-            if !value.is_finite() {
+            if !value.is_finite() && report.skipped.is_empty() {
                 return Err(StreamFault::NotFinite { what, step, value });
             }
         }
@@ -148,10 +148,11 @@ impl Segment {
     ) -> Option<EndedStep> {
         let step = self.first_open_step;
         let reports: Vec<RankReport> =
-            self.open_steps.get(&step)?.reports.iter().copied().collect::<Option<_>>()?;
+            self.open_steps.get(&step)?.reports.iter().cloned().collect::<Option<_>>()?;
         let open = self.open_steps.remove(&step)?;
         self.first_open_step += 1;
-        let scores = wants_scores(step)
+        let skipped = reports.iter().any(|report| !report.skipped.is_empty());
+        let scores = (wants_scores(step) && !skipped)
             .then(|| open.assembly.unwrap_or_else(|| ScoreAssembly::new(dense, keep)).finish());
         Some(EndedStep { reports, scores })
     }

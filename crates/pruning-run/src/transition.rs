@@ -1,23 +1,28 @@
-use crate::event::Fault;
-use crate::run::{Answer, Gather, Measured, Phase, Suspect};
+use crate::run::{Answer, Gather, Measured, Phase, Purpose, Wish};
 use crate::training::{Chunk, Segment, StreamFault};
 use crate::{
-    Effect, Event, ExportResult, Generation, Measurement, RankReport, Refusal, Run, RunEventKind, RunState,
-    ShardFile, WorkerId,
+    Effect, Event, ExportResult, Generation, Measurement, RankReport, Refusal, Restart, Restore, Run,
+    RunEventKind, RunState, SavedState, WorkerId,
 };
-use std::time::SystemTime;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
+/// About how long the ranks train without being asked.
+const STRETCH: Duration = Duration::from_secs(1);
+/// Most steps in one go.
+const MOST_STEPS: u64 = 64;
 /// Two ranks' losses, or likelihoods, may differ by this much of their size: they are sums over the same reductions.
 const AGREEMENT: f64 = 1e-6;
 
 /// What `event` makes of `run`, and what must be done about it, in order.
 ///
-/// An event that does not fit changes nothing and is refused; a worker that breaks the protocol, a number that is not
-/// finite and ranks that disagree end the run as FAILED.
+/// An event that does not fit changes nothing and is refused. A worker that breaks the protocol ends the run as FAILED; a
+/// lost or stuck rank, a number that is not finite and ranks that disagree send it back to its last checkpoint, a bounded
+/// number of times in a row.
 #[must_use]
 pub fn transition(mut run: Run, event: Event, now: SystemTime) -> (Run, Vec<Effect>) {
     let mut effects = Vec::new();
-    if !run.state.has_ended() {
+    if !run.state().has_ended() {
         Transition { run: &mut run, now, effects: &mut effects }.on(event);
     }
     (run, effects)
@@ -61,15 +66,24 @@ impl Transition<'_> {
                 let (measurement, measured) = (Measurement::Task { index }, Measured::Task(score));
                 self.evaluated(tp_rank, Answer { measurement, measured, duration });
             }
+            Event::Snapshotted { tp_rank } => self.snapshotted(tp_rank),
             Event::Checkpointed { tp_rank, shard } => self.checkpointed(tp_rank, shard),
+            Event::CheckpointWritten { name, size_bytes } => self.checkpoint_written(&name, size_bytes),
+            Event::CheckpointFailed { name, cause } => self.checkpoint_failed(&name, &cause),
+            Event::Restored { state } => self.restored(state),
+            Event::RestoreFailed { cause, damaged } => self.restore_failed(&cause, damaged),
             Event::SessionsAborted => self.sessions_aborted(),
             Event::Exported { result } => self.exported(result),
             Event::RankFailed { tp_rank, fault } => self.rank_failed(tp_rank, fault),
             Event::WorkerLost { worker, cause } => self.worker_lost(&worker, &cause),
             Event::CoordinatorFailed { cause } => self.fail(format!("the coordinator cannot go on: {cause}")),
-            Event::CancelRequested { reason } => {
+            Event::CancelRequested { reason, discard: true } => {
                 self.run.end(RunState::Cancelled, reason, self.now, self.effects);
             }
+            Event::CancelRequested { reason, discard: false } => self.wish(Wish::Cancel { reason }),
+            Event::PauseRequested { reason } => self.wish(Wish::Pause { reason }),
+            Event::YieldRequested { reason, requeue } => self.wish(Wish::Yield { reason, requeue }),
+            Event::ResumeRequested { reason } => self.resume(&reason),
             Event::Woken => self.woken(),
         }
     }
@@ -94,29 +108,72 @@ impl Transition<'_> {
         }
         if *message != reason {
             message.clone_from(&reason);
-            self.enter(RunState::Queued, reason);
+            let state = self.run.state();
+            self.enter(state, reason);
         }
     }
 
     fn workers_assigned(&mut self, workers: Vec<WorkerId>) {
         let Phase::Queued { .. } = self.run.phase else { return self.refuse("an assignment", 0) };
-        let tp_degree = self.run.tp_degree();
-        if workers.len() != tp_degree {
-            return self
-                .fail(format!("{} workers were assigned where {tp_degree} are needed", workers.len()));
+        let Effect::Enqueue { workers: most, at_least } = self.run.enqueue() else { return };
+        if workers.len() > most || workers.len() < at_least {
+            return self.fail(format!(
+                "{} workers were assigned where {at_least} to {most} are needed",
+                workers.len()
+            ));
         }
         let names = workers.iter().map(|worker| format!("`{worker}`")).collect::<Vec<_>>().join(", ");
         self.run.workers = workers;
-        self.enter(RunState::Starting, format!("loads the model on {names}"));
-        self.run.phase = Phase::Loading { data_sha256: Gather::new(tp_degree) };
-        self.effects.push(Effect::Load);
+        let from = self.run.base().cloned();
+        let what = match &from {
+            Some(place) => format!("loads its checkpoint after {} steps on {names}", place.steps_done),
+            None => format!("loads the model on {names}"),
+        };
+        self.enter(RunState::Starting, what);
+        match from {
+            Some(from) => {
+                self.effects.push(Effect::Restore(from.clone()));
+                self.run.phase = Phase::Restoring { from };
+            }
+            None => {
+                self.run.reset();
+                match sharding::Placement::dense(self.run.setup.dense(), self.run.workers.len()) {
+                    Ok(placement) => self.run.placement = placement,
+                    Err(error) => return self.fail(error.to_string()),
+                }
+                self.load(None);
+            }
+        }
+    }
+
+    fn restored(&mut self, state: Arc<SavedState>) {
+        let Phase::Restoring { from } = &self.run.phase else { return self.refuse("a checkpoint", 0) };
+        let from = from.clone();
+        if self.run.only_exports() {
+            self.run.shards = Some((from, state.shards.clone()));
+            self.run.keep_mask = Arc::new(state.keep_mask.clone());
+            self.run.generation = state.generation;
+            self.run.next_step = state.steps_done;
+            return self.export();
+        }
+        if let Err(error) = self.run.restore(&state) {
+            return self.fail(error.to_string());
+        }
+        self.run.shards = state.with_logits.then(|| (from.clone(), state.shards.clone()));
+        self.load(Some(Restore { checkpoint: from, state }));
+    }
+
+    fn load(&mut self, restore: Option<Restore>) {
+        let restores = restore.as_ref().map(|restore| restore.checkpoint.clone());
+        self.run.phase = Phase::Loading { restores, data_sha256: Gather::new(self.run.tp_degree()) };
+        self.effects.push(Effect::Load { restore });
     }
 
     fn loaded(&mut self, tp_rank: usize, data: String) {
         if !self.is_rank("an answer to Load", tp_rank) {
             return;
         }
-        let Phase::Loading { data_sha256 } = &mut self.run.phase else {
+        let Phase::Loading { data_sha256, .. } = &mut self.run.phase else {
             return self.refuse("an answer to Load", tp_rank);
         };
         let Some(digests) = data_sha256.put(tp_rank, data) else { return };
@@ -165,30 +222,69 @@ impl Transition<'_> {
             }
             (steps, false) => format!("tunes over {steps} steps"),
         };
+        let message = match (self.run.next_step, self.run.resuming.take()) {
+            (0, None) => message,
+            (next_step, None) => format!("{message}; goes on with step {next_step}"),
+            (next_step, Some(cause)) => {
+                let restart = Restart {
+                    restarts: self.run.history.restarts + 1,
+                    next_step,
+                    generation: self.run.generation,
+                    cause,
+                    tp_degree: self.run.tp_degree(),
+                };
+                self.record(RunEventKind::Restart(restart));
+                format!("{message}; goes on with step {next_step}")
+            }
+        };
         self.enter(RunState::Running, message);
-        if self.run.setup.measures() {
-            self.evaluate("dense");
-        } else {
-            self.train();
-        }
+        if self.run.next_step == 0 { self.measure(Purpose::Dense) } else { self.go_on() }
     }
 
-    // --- the middle: measure (see `measuring`), train, decide ---
+    // --- the middle: measure (see `measuring`), train, decide (see `steps`), save (see `checkpointing`) ---
 
-    /// Runs the next stretch of steps, or goes on to the end when none is left.
-    pub(crate) fn train(&mut self) {
-        let (first_step, steps) = (self.run.next_step, self.run.setup.recipe().steps);
-        if first_step < steps {
-            let end_step = self.run.setup.segment_end(first_step);
-            let generation = self.run.generation;
-            let segment = Segment::new(first_step..end_step, generation, self.run.tp_degree());
-            self.run.phase = Phase::Training(segment);
-            self.effects.push(Effect::Train { first_step, end_step, generation });
-        } else if steps > 0 && self.run.setup.measures() {
-            self.evaluate(if self.run.setup.target().is_some() { "pruned" } else { "tuned" });
-        } else {
-            self.wind_up();
+    /// What follows once the ranks are at one between two steps.
+    pub(crate) fn go_on(&mut self) {
+        let steps = self.run.setup.recipe().steps;
+        let done = self.run.next_step >= steps;
+        if self.run.wish.is_some() {
+            return self.leave();
         }
+        if self.checkpoint_is_due(done) {
+            return self.snapshot(done);
+        }
+        if !done {
+            return self.train();
+        }
+        if steps > 0 && !self.is_measured(Purpose::Result) {
+            return self.measure(Purpose::Result);
+        }
+        if self.run.writing.is_some() {
+            self.run.phase = Phase::AwaitingCheckpoint;
+            return;
+        }
+        self.wind_up();
+    }
+
+    /// Runs the next steps: up to a decision, a checkpoint or the end, but no more than make about a second, since a wish
+    /// can be granted only in between.
+    fn train(&mut self) {
+        let first_step = self.run.next_step;
+        let setup = &self.run.setup;
+        let quickly = match self.run.step_duration {
+            Some(duration) => (STRETCH.as_secs_f64() / duration.as_secs_f64().max(1e-6)) as u64,
+            None => 1,
+        };
+        let since = self.run.taken.map_or(0, |taken| taken.steps_done);
+        let next_checkpoint = since + setup.options().checkpoint_every.max(1);
+        let mut end_step = setup.stretch_end(first_step).min(first_step + quickly.clamp(1, MOST_STEPS));
+        if next_checkpoint > first_step {
+            end_step = end_step.min(next_checkpoint);
+        }
+        let generation = self.run.generation;
+        let segment = Segment::new(first_step..end_step, generation, self.run.tp_degree());
+        self.run.phase = Phase::Training(segment);
+        self.effects.push(Effect::Train { first_step, end_step, generation });
     }
 
     fn scores(&mut self, tp_rank: usize, chunk: &Chunk<'_>) {
@@ -240,12 +336,7 @@ impl Transition<'_> {
             return;
         }
         self.run.next_step = segment.end_step();
-        let last_step = segment.end_step() - 1;
-        if self.run.setup.pruning_steps().binary_search(&last_step).is_ok() {
-            self.decide(last_step);
-        } else {
-            self.train();
-        }
+        self.consider();
     }
 
     fn mask_applied(&mut self, tp_rank: usize, actual: Generation) {
@@ -260,49 +351,57 @@ impl Transition<'_> {
         if let Phase::ApplyingMask { acknowledged } = &mut self.run.phase
             && acknowledged.put(tp_rank, ()).is_some()
         {
-            self.train();
+            self.consider_end();
         }
     }
 
     // --- the end ---
 
-    /// All steps are done and measured.
-    pub(crate) fn wind_up(&mut self) {
-        let exports = self.run.setup.options().exports;
-        if self.run.setup.recipe().steps == 0 && !exports {
+    /// All steps are done, measured and saved.
+    fn wind_up(&mut self) {
+        if !self.run.setup.options().exports {
             let message = self.run.summary(None);
             return self.run.end(RunState::Succeeded, message, self.now, self.effects);
         }
-        self.run.phase = Phase::Checkpointing { shards: Gather::new(self.run.tp_degree()) };
-        self.effects.push(Effect::Checkpoint);
+        self.enter(RunState::Exporting, "merges, writes and checks the result".into());
+        self.run.phase = Phase::FreeingMemory;
+        self.effects.push(Effect::AbortSessions);
     }
 
-    fn checkpointed(&mut self, tp_rank: usize, shard: ShardFile) {
-        if !self.is_rank("a checkpoint", tp_rank) {
-            return;
+    pub(crate) fn sessions_aborted(&mut self) {
+        match self.run.phase.clone() {
+            Phase::FreeingMemory => {
+                self.effects.push(Effect::ReleaseAllButFirst);
+                self.export();
+            }
+            Phase::Leaving { next } => self.left(next),
+            Phase::Queued { .. }
+            | Phase::Restoring { .. }
+            | Phase::Loading { .. }
+            | Phase::OpeningRendezvous
+            | Phase::Joining { .. }
+            | Phase::Evaluating { .. }
+            | Phase::Training(_)
+            | Phase::ApplyingMask { .. }
+            | Phase::Snapshotting { .. }
+            | Phase::AwaitingCheckpoint
+            | Phase::Exporting
+            | Phase::BackingOff { .. }
+            | Phase::Paused
+            | Phase::Resting
+            | Phase::Ended => self.refuse("the end of the sessions", 0),
         }
-        let Phase::Checkpointing { shards } = &mut self.run.phase else {
-            return self.refuse("a checkpoint", tp_rank);
+    }
+
+    fn export(&mut self) {
+        let Some((checkpoint, shards)) = self.run.shards.clone() else {
+            return self.fail("there is no checkpoint to make the export of".into());
         };
-        let Some(shards) = shards.put(tp_rank, shard) else { return };
-        self.run.shards = Some(shards);
-        if self.run.setup.options().exports {
+        if self.run.state() != RunState::Exporting {
             self.enter(RunState::Exporting, "merges, writes and checks the result".into());
-            self.run.phase = Phase::FreeingMemory;
-            self.effects.push(Effect::AbortSessions);
-        } else {
-            let message = self.run.summary(None);
-            self.run.end(RunState::Succeeded, message, self.now, self.effects);
         }
-    }
-
-    fn sessions_aborted(&mut self) {
-        let Phase::FreeingMemory = self.run.phase else { return self.refuse("the end of the sessions", 0) };
         self.run.phase = Phase::Exporting;
-        let shards = self.run.shards.clone().unwrap_or_default();
-        debug_assert_eq!(shards.len(), self.run.tp_degree(), "every rank has written its state");
-        self.effects.push(Effect::ReleaseAllButFirst);
-        self.effects.push(Effect::Export { shards, keep_mask: self.run.keep_mask.clone() });
+        self.effects.push(Effect::Export { checkpoint, shards, keep_mask: self.run.keep_mask.clone() });
     }
 
     fn exported(&mut self, result: ExportResult) {
@@ -310,54 +409,6 @@ impl Transition<'_> {
         let message = self.run.summary(Some(&result));
         self.record(RunEventKind::Export(result));
         self.run.end(RunState::Succeeded, message, self.now, self.effects);
-    }
-
-    // --- what goes wrong ---
-
-    fn rank_failed(&mut self, tp_rank: usize, fault: Fault) {
-        if !self.is_rank("a failure", tp_rank) || self.is_released(tp_rank) {
-            return;
-        }
-        let doing = self.run.doing();
-        match fault {
-            Fault::Own(message) => {
-                self.fail(format!("{} failed while {doing}: {message}", self.run.name(tp_rank)));
-            }
-            Fault::PeerLost(message) => {
-                if self.run.suspects.iter().any(|suspect| suspect.tp_rank == tp_rank) {
-                    return;
-                }
-                let until = self.now + self.run.setup.options().blame_grace;
-                let message = format!("{} failed while {doing}: {message}", self.run.name(tp_rank));
-                self.run.suspects.push(Suspect { tp_rank, message, until });
-                if self.run.suspects.len() == self.run.tp_degree() {
-                    let first = self.run.suspects[0].message.clone();
-                    self.fail(first);
-                } else {
-                    self.effects.push(Effect::WakeAt(until));
-                }
-            }
-        }
-    }
-
-    fn woken(&mut self) {
-        if let Some(due) = self.run.suspects.iter().find(|suspect| suspect.until <= self.now) {
-            let message = due.message.clone();
-            self.fail(message);
-        }
-    }
-
-    fn worker_lost(&mut self, worker: &WorkerId, cause: &str) {
-        let Some(tp_rank) = self.run.workers.iter().position(|held| held == worker) else { return };
-        if !self.is_released(tp_rank) {
-            let message = format!("{} was lost while {}: {cause}", self.run.name(tp_rank), self.run.doing());
-            self.fail(message);
-        }
-    }
-
-    /// Whether the run needs this rank no more.
-    fn is_released(&self, tp_rank: usize) -> bool {
-        tp_rank > 0 && matches!(self.run.phase, Phase::Exporting)
     }
 
     fn stream_fault(&mut self, tp_rank: usize, fault: &StreamFault) {
@@ -369,7 +420,7 @@ impl Transition<'_> {
         self.run.fail(message, self.now, self.effects);
     }
 
-    fn enter(&mut self, state: RunState, message: String) {
+    pub(crate) fn enter(&mut self, state: RunState, message: String) {
         self.run.enter(state, message, self.now, self.effects);
     }
 

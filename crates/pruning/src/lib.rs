@@ -17,6 +17,7 @@ mod scores;
 mod target;
 #[cfg(test)]
 mod testing;
+mod what_if;
 
 pub use criterion::random_importance;
 pub use decide::{DecideError, decide};
@@ -25,3 +26,4 @@ pub use keep_mask::{InvalidKeepMask, KeepMask, LayerKeep, NotASubset};
 pub use moving_average::{ImportanceMismatch, MovingAverage};
 pub use scores::{ScoreAssembly, ScoreError, StepScores, unit_count};
 pub use target::{Target, TargetSummary};
+pub use what_if::{WhatIf, WhatIfError, what_if};

@@ -1,11 +1,12 @@
 use model_spec::{LayerSpec, ModelSpec};
 use pruning::KeepMask;
+use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
 /// What one rank holds of one layer, as ascending indices into the unpruned model.
 ///
 /// A key/value head lies on one rank together with all its kept query heads, so attention needs no exchange.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct RankLayer {
     pub query_heads: Vec<usize>,
     pub kv_heads: Vec<usize>,
@@ -14,7 +15,7 @@ pub struct RankLayer {
 
 /// Who holds which groups. A pure function of the model, the tensor-parallel degree and the masks so far: every process
 /// computes it for itself and all agree.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Placement {
     /// `ranks[tp_rank][layer]`.
     pub ranks: Vec<Vec<RankLayer>>,

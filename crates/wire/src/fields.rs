@@ -53,7 +53,7 @@ impl Violations {
         if self.0.is_empty() { Ok(value) } else { Err(InvalidFields { violations: self.0 }) }
     }
 
-    pub(crate) fn notes(&self, path: &str) -> bool {
+    pub fn notes(&self, path: &str) -> bool {
         self.0.iter().any(|violation| violation.field == path)
     }
 }

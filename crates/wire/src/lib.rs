@@ -13,7 +13,8 @@ pub mod status;
 pub use fields::{InvalidFields, Violations};
 pub use recipe::FieldViolation;
 pub use spec::{
-    EvaluationMode, EvaluationSpec, ExportDtype, ExportSpec, RunSpec, TaskSpec, TextFormat, TextSource,
+    Durability, EvaluationMode, EvaluationSpec, ExportDtype, ExportSpec, RunSpec, TaskSpec, TextFormat,
+    TextSource,
 };
 
 /// Messages, clients and servers generated from `proto/espalier/v1`.

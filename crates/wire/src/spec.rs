@@ -1,5 +1,6 @@
 //! What a run is to do, as the services hold it once its message has been checked.
 
+use pruning_run::{Guard, Retention};
 use recipe::Recipe;
 
 /// A checked `RunSpec`, defaults filled in.
@@ -15,6 +16,20 @@ pub struct RunSpec {
     pub tasks: Option<TaskSpec>,
     pub export: Option<ExportSpec>,
     pub display_name: String,
+    /// Fewest workers to go on with after a fault.
+    pub min_tp_degree: usize,
+    pub durability: Durability,
+    pub guard: Option<Guard>,
+}
+
+/// When state is written and how often a run may start anew.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Durability {
+    /// Optimizer steps between checkpoints, beside those after decisions.
+    pub checkpoint_every_steps: u64,
+    pub retention: Retention,
+    /// Restarts without a new checkpoint between them.
+    pub max_restarts: u32,
 }
 
 /// One file of text or token ids.

@@ -26,6 +26,14 @@ pub enum Reason {
     DecisionNotFound,
     /// The lease has run out or never was.
     LeaseNotFound,
+    WorkerNotFound,
+    ArtifactNotFound,
+    /// The checkpoint that is needed was not kept.
+    CheckpointNotKept,
+    /// A stored file is not what was written.
+    DataLoss,
+    /// What the coordinator keeps cannot be reached.
+    StoreFailed,
     /// The session named is not the worker's current one.
     WrongSession,
     /// The mask decision is older than the one in force.
@@ -66,11 +74,16 @@ pub enum Reason {
 }
 
 impl Reason {
-    pub const ALL: [Self; 25] = [
+    pub const ALL: [Self; 30] = [
         Self::InvalidFields,
         Self::RunNotFound,
         Self::DecisionNotFound,
         Self::LeaseNotFound,
+        Self::WorkerNotFound,
+        Self::ArtifactNotFound,
+        Self::CheckpointNotKept,
+        Self::DataLoss,
+        Self::StoreFailed,
         Self::WrongSession,
         Self::StaleGeneration,
         Self::SkippedGeneration,
@@ -101,6 +114,11 @@ impl Reason {
             Self::RunNotFound => ("RUN_NOT_FOUND", Code::NotFound),
             Self::DecisionNotFound => ("DECISION_NOT_FOUND", Code::NotFound),
             Self::LeaseNotFound => ("LEASE_NOT_FOUND", Code::NotFound),
+            Self::WorkerNotFound => ("WORKER_NOT_FOUND", Code::NotFound),
+            Self::ArtifactNotFound => ("ARTIFACT_NOT_FOUND", Code::NotFound),
+            Self::CheckpointNotKept => ("CHECKPOINT_NOT_KEPT", Code::FailedPrecondition),
+            Self::DataLoss => ("DATA_LOSS", Code::DataLoss),
+            Self::StoreFailed => ("STORE_FAILED", Code::Unavailable),
             Self::WrongSession => ("WRONG_SESSION", Code::FailedPrecondition),
             Self::StaleGeneration => ("STALE_GENERATION", Code::FailedPrecondition),
             Self::SkippedGeneration => ("SKIPPED_GENERATION", Code::FailedPrecondition),

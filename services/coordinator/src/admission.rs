@@ -1,5 +1,6 @@
 //! What a run must be before it is taken: every field right, every path allowed and there, the plan possible.
 
+use crate::records::StoredRun;
 use checkpoint::{ModelFolder, export_form};
 use model_spec::{Family, LayerSpec, ModelSpec};
 use pruning_run::{RunOptions, RunSetup};
@@ -36,6 +37,7 @@ pub(crate) fn admit(
     spec: &RunSpec,
     roots: &Roots,
     blame_grace: Duration,
+    stop_pruning: bool,
     mut found: Violations,
 ) -> Result<Admitted, InvalidFields> {
     check_sources(&spec.training_data, &format!("{SPEC}.training_data"), roots, &mut found);
@@ -48,8 +50,8 @@ pub(crate) fn admit(
     if let Some(export) = &spec.export {
         check_output(export, &format!("{SPEC}.export"), roots, &mut found);
     }
-    let setup =
-        open_model(spec, roots, &mut found).and_then(|dense| set_up(spec, dense, blame_grace, &mut found));
+    let setup = open_model(spec, roots, &mut found)
+        .and_then(|dense| set_up(spec, dense, options(spec, blame_grace, stop_pruning), &mut found));
     found.finish(())?;
     let setup = setup.ok_or_else(|| InvalidFields {
         violations: vec![FieldViolation { field: SPEC.to_owned(), problem: "cannot be set up".to_owned() }],
@@ -127,12 +129,37 @@ fn open_model(spec: &RunSpec, roots: &Roots, found: &mut Violations) -> Option<M
     opened.map_err(|problem| found.reject(format!("{SPEC}.model"), problem)).ok()
 }
 
-fn set_up(
-    spec: &RunSpec,
-    dense: ModelSpec,
-    blame_grace: Duration,
-    found: &mut Violations,
-) -> Option<RunSetup> {
+/// What a stored run was admitted as.
+///
+/// # Errors
+/// When this version of the program would not admit it any more.
+pub(crate) fn setup_of(run: &StoredRun, blame_grace: Duration) -> Result<Arc<RunSetup>, String> {
+    let stop_pruning = run.fork.as_ref().is_some_and(|fork| fork.stop_pruning);
+    let options = options(&run.spec, blame_grace, stop_pruning);
+    let setup = RunSetup::new(run.dense.clone(), run.spec.recipe.clone(), run.spec.tp_degree, options);
+    setup.map(Arc::new).map_err(|error| {
+        let fields = error.recipe.iter().map(ToString::to_string);
+        let all: Vec<String> = fields.chain(error.placement.map(|error| error.to_string())).collect();
+        all.join("; ")
+    })
+}
+
+fn options(spec: &RunSpec, blame_grace: Duration, stop_pruning: bool) -> RunOptions {
+    RunOptions {
+        windows: spec.evaluation.as_ref().map_or(0, |evaluation| evaluation.windows.len()),
+        tasks: spec.tasks.as_ref().map_or(0, |tasks| tasks.files.len()),
+        exports: spec.export.is_some(),
+        blame_grace,
+        min_tp_degree: spec.min_tp_degree,
+        checkpoint_every: spec.durability.checkpoint_every_steps,
+        retention: spec.durability.retention,
+        max_restarts: spec.durability.max_restarts,
+        guard: spec.guard,
+        stop_pruning,
+    }
+}
+
+fn set_up(spec: &RunSpec, dense: ModelSpec, options: RunOptions, found: &mut Violations) -> Option<RunSetup> {
     let refuse_degree = |error: sharding::PlacementError, found: &mut Violations| {
         found.reject(format!("{SPEC}.tp_degree"), error.to_string());
     };
@@ -143,12 +170,6 @@ fn set_up(
         }
         return None;
     }
-    let options = RunOptions {
-        windows: spec.evaluation.as_ref().map_or(0, |evaluation| evaluation.windows.len()),
-        tasks: spec.tasks.as_ref().map_or(0, |tasks| tasks.files.len()),
-        exports: spec.export.is_some(),
-        blame_grace,
-    };
     match RunSetup::new(dense, spec.recipe.clone(), spec.tp_degree, options) {
         Ok(setup) => Some(setup),
         Err(error) => {

@@ -36,6 +36,7 @@ pub(crate) struct LoadPlan {
     pub(crate) training_data: Vec<pb::TextSource>,
     pub(crate) evaluation: Option<pb::EvaluationSpec>,
     pub(crate) tasks: Option<pb::TaskSpec>,
+    pub(crate) restore: Option<pb::Restore>,
 }
 
 /// Time for a late answer to be preferred over our own deadline.
@@ -79,6 +80,7 @@ impl Calls {
                 training_data: plan.training_data.clone(),
                 evaluation: plan.evaluation.clone(),
                 tasks: plan.tasks.clone(),
+                restore: plan.restore.clone(),
             };
             async move {
                 let loaded = client.load(within(deadline, request)).await?.into_inner();
@@ -209,17 +211,33 @@ impl Calls {
         });
     }
 
-    pub(crate) fn checkpoint(&mut self, path: &str) {
-        let session_id = self.session_id.clone();
+    /// Has all ranks copy their state aside, then write it: each tells of both.
+    pub(crate) fn checkpoint(&mut self, name: &str, url: &str, with_logits: bool) {
         let deadline = self.deadlines.checkpoint;
-        self.on_all_ranks("Checkpoint", deadline, |tp_rank, mut client| {
-            let request = pb::CheckpointRequest { session_id: session_id.clone(), path: path.to_owned() };
-            async move {
-                let written = client.checkpoint(within(deadline, request)).await?.into_inner();
-                let shard = ShardFile { file: written.file, sha256: written.sha256 };
-                Ok(Event::Checkpointed { tp_rank, shard })
-            }
-        });
+        for (tp_rank, client) in self.clients.iter().cloned().enumerate() {
+            let request = pb::CheckpointRequest {
+                session_id: self.session_id.clone(),
+                url: url.to_owned(),
+                with_logits,
+            };
+            let (outcomes, name) = (self.outcomes.clone(), name.to_owned());
+            let saving = async move {
+                let mut taken = false;
+                if let Err(fault) = save_on(tp_rank, client, request, deadline, &outcomes, &mut taken).await {
+                    let event = match fault {
+                        // The rank trains on, only this checkpoint is lost.
+                        Fault::Own(cause) | Fault::Lasting(cause) if taken => {
+                            Event::CheckpointFailed { name, cause: format!("rank {tp_rank}: {cause}") }
+                        }
+                        Fault::Own(_) | Fault::Lasting(_) | Fault::PeerLost(_) => {
+                            Event::RankFailed { tp_rank, fault }
+                        }
+                    };
+                    tell(&outcomes, event).await;
+                }
+            };
+            self.in_flight.spawn(saving.in_current_span());
+        }
     }
 
     pub(crate) fn export(&mut self, request: pb::ExportRequest) {
@@ -341,6 +359,36 @@ async fn train_on(
     }
 }
 
+/// One rank's checkpoint: its snapshot, then its file.
+async fn save_on(
+    tp_rank: usize,
+    mut client: WorkerClient,
+    request: pb::CheckpointRequest,
+    deadline: Duration,
+    outcomes: &mpsc::Sender<Event>,
+    taken: &mut bool,
+) -> Result<(), Fault> {
+    use pb::checkpoint_response::Kind;
+    let mut stream = in_time("Checkpoint", deadline, client.checkpoint(request)).await?.into_inner();
+    loop {
+        let Some(message) = in_time("Checkpoint", deadline, stream.message()).await? else {
+            return Err(Fault::Own("it ended a checkpoint without naming its file".to_owned()));
+        };
+        match message.kind {
+            Some(Kind::Snapshot(_)) => {
+                *taken = true;
+                tell(outcomes, Event::Snapshotted { tp_rank }).await;
+            }
+            Some(Kind::Shard(pb::CheckpointShard { file, sha256, size_bytes })) => {
+                let shard = ShardFile { file, sha256, size_bytes };
+                tell(outcomes, Event::Checkpointed { tp_rank, shard }).await;
+                return Ok(());
+            }
+            None => return Err(Fault::Own("it sent an empty message while writing a checkpoint".to_owned())),
+        }
+    }
+}
+
 /// One rank's measurement of a task: signs of life, then the score.
 async fn task_on(
     mut client: WorkerClient,
@@ -381,6 +429,8 @@ fn fault(status: &Status) -> Fault {
     let said = describe(status);
     match reason(status) {
         Some(Reason::PeerLost) => Fault::PeerLost(said),
+        // The same request would be refused again.
+        Some(Reason::InvalidFields | Reason::Refused | Reason::BadFile) => Fault::Lasting(said),
         Some(_) => Fault::Own(said),
         None => Fault::Own(format!("the call broke off: {said}")),
     }

@@ -2,11 +2,15 @@ use crate::config::CoordinatorConfig;
 use crate::deadlines::Deadlines;
 use crate::registry::Registry;
 use crate::run_book::RunBook;
-use pruning_run::RunId;
+use crate::stores::Stores;
+use anyhow::Context as _;
+use blob_store::{BlobStore, Limits, Location};
+use run_store::{RunStore, StoreOptions, StoreUrl};
 use service_kit::Roots;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -14,42 +18,45 @@ use tokio_util::task::TaskTracker;
 #[derive(Debug)]
 pub(crate) struct Context {
     pub(crate) book: RunBook,
+    pub(crate) stores: Stores,
     pub(crate) registry: Arc<Registry>,
     pub(crate) roots: Roots,
-    pub(crate) data_dir: PathBuf,
-    checkpoint_dir: PathBuf,
     pub(crate) deadlines: Deadlines,
-    /// Drivers and sessions under way.
+    pub(crate) drain: Duration,
+    /// Held while a run is created, so that two creations see each other.
+    pub(crate) creating: Mutex<()>,
+    /// Drivers, sessions and writes under way.
     pub(crate) tasks: TaskTracker,
     /// Cancelled when nothing new may start.
     pub(crate) stopping: CancellationToken,
+    /// Cancelled when another coordinator has taken the store.
+    pub(crate) fenced: CancellationToken,
 }
 
 impl Context {
     /// # Errors
-    /// When a folder is missing or cannot be made.
-    pub(crate) fn open(config: &CoordinatorConfig) -> anyhow::Result<Arc<Self>> {
-        use anyhow::Context as _;
+    /// When a folder is missing or cannot be made, or the database cannot be opened.
+    pub(crate) async fn open(config: &CoordinatorConfig) -> anyhow::Result<Arc<Self>> {
         let roots = config.roots.open()?;
-        let folder = |path: PathBuf, flag: &str| -> anyhow::Result<PathBuf> {
-            let at = || format!("{flag} `{}` cannot be made", path.display());
-            std::fs::create_dir_all(&path).with_context(at)?;
-            path.canonicalize().with_context(at)
-        };
-        let checkpoint_dir = folder(config.checkpoint_dir(), "--checkpoint-dir")?;
-        // Workers write there and look at their own roots; better said now than after the last step.
-        roots.output(&checkpoint_dir).context(
-            "workers could not write the runs' checkpoints; pass --checkpoint-dir DIR below one of the --root folders",
-        )?;
+        let data_dir = folder(&config.data_dir, "--data-dir")?;
+        let location = checkpoint_location(config, &data_dir, &roots)?;
+        let url = config.store.clone().unwrap_or_else(|| StoreUrl::file(data_dir.join("espalier.db")));
+        let runs = RunStore::open(&url, StoreOptions::default())
+            .await
+            .with_context(|| format!("--store {url} cannot be opened"))?;
+        let blobs =
+            BlobStore::open(&location, Limits::default()).context("--checkpoint-dir cannot be used")?;
         Ok(Arc::new(Self {
             book: RunBook::default(),
-            registry: Registry::new(config.lease()),
+            stores: Stores::new(runs, blobs),
+            registry: Registry::new(config.patience()),
             roots,
-            data_dir: folder(config.data_dir.clone(), "--data-dir")?,
-            checkpoint_dir,
             deadlines: config.deadlines(),
+            drain: config.drain(),
+            creating: Mutex::new(()),
             tasks: TaskTracker::new(),
             stopping: CancellationToken::new(),
+            fenced: CancellationToken::new(),
         }))
     }
 
@@ -57,19 +64,36 @@ impl Context {
     pub(crate) fn blame_grace(&self) -> Duration {
         self.registry.lease() + Duration::from_secs(2)
     }
+}
 
-    /// Where the ranks of a run write their state.
-    pub(crate) fn checkpoint_folder(&self, run_id: &RunId) -> PathBuf {
-        self.checkpoint_dir.join(&run_id.0)
-    }
+fn folder(path: &Path, flag: &str) -> anyhow::Result<PathBuf> {
+    let at = || format!("{flag} `{}` cannot be made", path.display());
+    std::fs::create_dir_all(path).with_context(at)?;
+    path.canonicalize().with_context(at)
+}
 
-    /// # Errors
-    /// When the folder cannot be made.
-    pub(crate) fn make_checkpoint_folder(&self, run_id: &RunId) -> Result<PathBuf, String> {
-        let folder = self.checkpoint_folder(run_id);
-        std::fs::create_dir_all(&folder).map_err(|cause| {
-            format!("the checkpoint folder `{}` cannot be made: {cause}", folder.display())
-        })?;
-        Ok(folder)
+fn checkpoint_location(
+    config: &CoordinatorConfig,
+    data_dir: &Path,
+    roots: &Roots,
+) -> anyhow::Result<Location> {
+    if let Some(url) = config.checkpoint_dir.as_ref().filter(|place| place.contains("://")) {
+        let location: Location =
+            url.parse().map_err(|error| anyhow::anyhow!("--checkpoint-dir `{url}` {error}"))?;
+        match location {
+            Location::S3 { .. } => return Ok(location),
+            Location::Folder(path) => return local(&path, roots),
+        }
     }
+    let path = config.checkpoint_dir.as_ref().map_or_else(|| data_dir.join("checkpoints"), PathBuf::from);
+    local(&path, roots)
+}
+
+fn local(path: &Path, roots: &Roots) -> anyhow::Result<Location> {
+    let path = folder(path, "--checkpoint-dir")?;
+    // Workers write there and look at their own roots; better said now than after the first step.
+    roots.output(&path).context(
+        "workers could not write the runs' checkpoints; pass --checkpoint-dir DIR below one of the --root folders",
+    )?;
+    Ok(Location::Folder(path))
 }

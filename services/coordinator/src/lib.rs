@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! rpc ─▶ admission ─▶ run_book ◀─ driver ─▶ calls ─▶ workers
-//!                                   │
-//!                        pruning_run::transition
+//!                         ▲         │  └───▶ stores ─▶ run store, blob store
+//!                      resume       pruning_run::transition
 //! ```
 
 mod admission;
@@ -12,13 +12,16 @@ mod config;
 mod context;
 mod deadlines;
 mod driver;
-mod journal;
 mod messages;
 mod one_worker;
+mod records;
 mod registry;
+mod resume;
 mod rpc;
 mod run_book;
+mod run_filter;
 mod serve;
+mod stores;
 mod sync;
 mod watch;
 

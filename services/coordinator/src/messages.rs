@@ -1,9 +1,10 @@
 //! Runs and their events as messages.
 
-use crate::run_book::RunRecord;
+use crate::records::StoredEvent;
+use crate::run_book::{RunRecord, ShownDecision};
 use pruning_run::{
-    Accuracy, Decision, Evaluation, ExportResult, Generation, RankReport, RunEvent, RunEventKind, RunState,
-    StepReport, TaskResult, TaskScore,
+    Accuracy, Checkpoint, Evaluation, ExportResult, Generation, GuardVerdict, RankReport, Restart,
+    RunEventKind, RunState, StepReport, TaskResult, TaskScore,
 };
 use std::time::Duration;
 use wire::convert::{mask, run, time};
@@ -15,8 +16,11 @@ pub(crate) fn run(record: &RunRecord) -> pb::Run {
         id: record.id.0.clone(),
         spec: Some(run::to_pb(&record.spec)),
         state: state(shown.state).into(),
-        generation: shown.generation().0,
-        status_message: shown.message,
+        generation: shown.generation.0,
+        status_message: match shown.trouble {
+            Some(trouble) => format!("{}; {trouble}", shown.message),
+            None => shown.message,
+        },
         create_time: Some(time::time_to_pb(record.create_time)),
         start_time: shown.start_time.map(time::time_to_pb),
         end_time: shown.end_time.map(time::time_to_pb),
@@ -31,22 +35,68 @@ pub(crate) fn run(record: &RunRecord) -> pb::Run {
             .iter()
             .map(|result| pb::TaskResult { log_likelihoods: Vec::new(), ..task(result) })
             .collect(),
+        last_checkpoint: shown.checkpoint.as_ref().map(checkpoint),
+        restarts: shown.restarts,
+        forked_from: record
+            .fork
+            .as_ref()
+            .map(|fork| pb::ForkOrigin { run_id: fork.run_id.0.clone(), generation: fork.generation.0 }),
+        revision: shown.revision,
     }
 }
 
-pub(crate) fn event(event: &RunEvent) -> pb::RunEvent {
+pub(crate) fn event(stored: &StoredEvent) -> pb::RunEvent {
     use pb::run_event::Kind;
+    let event = &stored.event;
     let kind = match &event.kind {
         RunEventKind::StateChange { state, message } => {
             Kind::StateChange(pb::StateChange { state: self::state(*state).into(), message: message.clone() })
         }
         RunEventKind::Step(report) => Kind::Step(step(report)),
-        RunEventKind::Decision(decision) => Kind::Decision(self::decision(decision)),
+        RunEventKind::Decision(decision) => Kind::Decision(pb::Decision {
+            generation: decision.generation.0,
+            step: decision.step,
+            sparsity: decision.sparsity,
+            parameters: decision.parameters,
+            layers: stored.widths.iter().map(mask::widths_to_pb).collect(),
+        }),
         RunEventKind::Evaluation(evaluation) => Kind::Evaluation(self::evaluation(evaluation)),
         RunEventKind::Task(result) => Kind::Task(task(result)),
         RunEventKind::Export(result) => Kind::Export(export(result)),
+        RunEventKind::Checkpoint(done) => Kind::Checkpoint(checkpoint(done)),
+        RunEventKind::Restart(restart) => Kind::Restart(self::restart(restart)),
+        RunEventKind::Guard(verdict) => Kind::Guard(guard(verdict)),
     };
     pb::RunEvent { revision: event.revision, time: Some(time::time_to_pb(event.time)), kind: Some(kind) }
+}
+
+fn checkpoint(done: &Checkpoint) -> pb::Checkpoint {
+    pb::Checkpoint {
+        steps_done: done.place.steps_done,
+        generation: done.place.generation.0,
+        size_bytes: done.size_bytes,
+        duration: Some(time::duration_to_pb(done.duration)),
+    }
+}
+
+fn restart(restart: &Restart) -> pb::Restart {
+    pb::Restart {
+        restarts: restart.restarts,
+        next_step: restart.next_step,
+        generation: restart.generation.0,
+        cause: restart.cause.clone(),
+        tp_degree: u32::try_from(restart.tp_degree).unwrap_or(u32::MAX),
+    }
+}
+
+fn guard(verdict: &GuardVerdict) -> pb::GuardVerdict {
+    let action = verdict.action.map_or(pb::GuardAction::Unspecified, run::action_to_pb);
+    pb::GuardVerdict {
+        perplexity: verdict.perplexity,
+        max_perplexity: verdict.max_perplexity,
+        generation: verdict.generation.0,
+        action: action.into(),
+    }
 }
 
 pub(crate) fn state(state: RunState) -> pb::RunState {
@@ -58,16 +108,20 @@ pub(crate) fn state(state: RunState) -> pb::RunState {
         RunState::Succeeded => pb::RunState::Succeeded,
         RunState::Failed => pb::RunState::Failed,
         RunState::Cancelled => pb::RunState::Cancelled,
+        RunState::Pausing => pb::RunState::Pausing,
+        RunState::Paused => pb::RunState::Paused,
+        RunState::Recovering => pb::RunState::Recovering,
+        RunState::Cancelling => pb::RunState::Cancelling,
     }
 }
 
-pub(crate) fn decision(decision: &Decision) -> pb::Decision {
+pub(crate) fn decision(decision: &ShownDecision) -> pb::Decision {
     pb::Decision {
         generation: decision.generation.0,
         step: decision.step,
         sparsity: decision.sparsity,
         parameters: decision.parameters,
-        layers: decision.widths().iter().map(mask::widths_to_pb).collect(),
+        layers: decision.widths.iter().map(mask::widths_to_pb).collect(),
     }
 }
 
@@ -157,6 +211,7 @@ pub(crate) fn rank_report(message: pb::StepReport) -> RankReport {
         score_duration: time::duration_from_pb(message.score_duration).unwrap_or(Duration::ZERO),
         memory_bytes: message.memory_bytes,
         generation: Generation(message.generation),
+        skipped: message.skipped,
     }
 }
 
@@ -172,6 +227,7 @@ fn step(report: &StepReport) -> pb::StepReport {
         memory_bytes: report.memory_bytes,
         sparsity: report.sparsity,
         generation: report.generation.0,
+        skipped: report.skipped.clone(),
     }
 }
 

@@ -4,14 +4,13 @@ use crate::calls::{Calls, LoadPlan, export_on, in_time};
 use crate::context::Context;
 use crate::driver::export_request;
 use crate::messages;
-use crate::registry::GroupClaim;
+use crate::registry::{ClaimNews, GroupClaim};
 use crate::run_book::{RunRecord, Shown};
 use pruning_run::{Evaluation, Event, ExportResult, Fault, Measurement, RunState, TaskResult};
 use recipe::Recipe;
 use std::collections::VecDeque;
 use std::future::Future;
 use std::sync::Arc;
-use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, instrument};
@@ -67,6 +66,7 @@ pub(crate) async fn evaluate(
         training_data: Vec::new(),
         evaluation: wanted.evaluation.as_ref().map(data::evaluation_to_pb),
         tasks: wanted.tasks.as_ref().map(data::tasks_to_pb),
+        restore: None,
     };
     let mut left = wanted.measurements();
     let session_id = format!("{}-evaluate-{}", record.id, uuid::Uuid::new_v4().simple());
@@ -81,7 +81,11 @@ pub(crate) async fn evaluate(
         let result = loop {
             let event = tokio::select! {
                 Some(event) = outcomes.recv() => event,
-                lost = claim.next_lost() => break Err(worker_failure(&lost.id, &Fault::Own(lost.cause))),
+                news = claim.next_news() => match news {
+                    ClaimNews::Lost { id, cause } => break Err(worker_failure(&id, &Fault::Own(cause))),
+                    // It is soon over.
+                    ClaimNews::Draining { .. } => continue,
+                },
                 () = given_up.cancelled() => break Err(Failure::new(Reason::Aborted, "the caller went away")),
             };
             match event {
@@ -132,7 +136,15 @@ pub(crate) async fn evaluate(
                 | Event::StepEnded { .. }
                 | Event::TrainEnded { .. }
                 | Event::MaskApplied { .. }
+                | Event::Snapshotted { .. }
                 | Event::Checkpointed { .. }
+                | Event::CheckpointFailed { .. }
+                | Event::CheckpointWritten { .. }
+                | Event::Restored { .. }
+                | Event::RestoreFailed { .. }
+                | Event::PauseRequested { .. }
+                | Event::ResumeRequested { .. }
+                | Event::YieldRequested { .. }
                 | Event::SessionsAborted
                 | Event::Exported { .. }
                 | Event::WorkerLost { .. }
@@ -163,20 +175,21 @@ pub(crate) async fn export(
     record: &Arc<RunRecord>,
     spec: ExportSpec,
 ) -> Result<ExportResult, Failure> {
-    let Shown { state, shards, decisions, .. } = record.shown();
+    let Shown { state, checkpoint, .. } = record.shown();
     if state != RunState::Succeeded {
         return Err(not_ready(record, "has not ended well"));
     }
-    let Some(shards) = shards else {
+    let Some(checkpoint) = checkpoint.filter(|checkpoint| checkpoint.with_logits) else {
         return Err(not_ready(record, "took no optimizer step, so there is nothing to export"));
     };
-    let keep_mask = match decisions.last() {
-        Some(decision) => decision.keep_mask.clone(),
-        None => pruning::KeepMask::full(record.setup.dense()),
-    };
+    let state = context.stores.restore(&checkpoint.place).await.map_err(|error| {
+        let reason = if error.is_damage() { Reason::DataLoss } else { Reason::StoreFailed };
+        Failure::from_error(reason, &error)
+    })?;
     let claim = claim_one(context, record)?;
-    let folder = context.checkpoint_folder(&record.id);
-    let request = export_request(record, &folder, &shards, &keep_mask, Some(run::export_to_pb(&spec)));
+    let folder = context.stores.folder(&checkpoint.place);
+    let export = Some(run::export_to_pb(&spec));
+    let request = export_request(record, folder, &state.shards, &state.keep_mask, export);
     let (deadline, of_run) = (context.deadlines.export, record.clone());
     in_background(context, move |given_up| async move {
         let worker = claim.workers().first().cloned().unwrap_or_default();
@@ -211,7 +224,7 @@ fn claim_one(context: &Arc<Context>, record: &RunRecord) -> Result<GroupClaim, F
 }
 
 fn worker_failure(worker_id: &str, fault: &Fault) -> Failure {
-    let (Fault::Own(message) | Fault::PeerLost(message)) = fault;
+    let (Fault::Own(message) | Fault::Lasting(message) | Fault::PeerLost(message)) = fault;
     Failure::new(Reason::Refused, format!("worker `{worker_id}` failed: {message}"))
         .with_fact("worker_id", worker_id)
 }
@@ -238,6 +251,3 @@ where
     drop(guard);
     result.unwrap_or_else(|_| Err(Failure::new(Reason::Internal, "the call to the worker was dropped")))
 }
-
-/// Time that a cancelled session has to end.
-pub(crate) const ENDING: Duration = Duration::from_secs(15);

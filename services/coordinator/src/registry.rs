@@ -13,6 +13,21 @@ use wire::pb;
 
 /// Most workers that may be registered at once.
 const MAX_WORKERS: usize = 4096;
+/// How often it is looked whether claimed workers advance.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// A worker may pause so many times longer than it ever did before it counts as stuck.
+const PAUSES_TOLERATED: u32 = 4;
+
+/// How long things may take.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Patience {
+    /// A lease without renewal.
+    pub(crate) lease: Duration,
+    /// A claimed worker at work without any progress, at least.
+    pub(crate) stall: Duration,
+    /// A run that could go on with fewer workers waits so long for all.
+    pub(crate) regroup: Duration,
+}
 
 /// The workers with a live lease, and the queue for idle ones.
 #[derive(Debug)]
@@ -20,7 +35,7 @@ pub(crate) struct Registry {
     inner: Mutex<Inner>,
     /// Counts the changes, for those who wait for one.
     changes: watch::Sender<u64>,
-    lease: Duration,
+    patience: Patience,
 }
 
 #[derive(Debug, Default)]
@@ -38,6 +53,21 @@ struct Entry {
     lease_id: String,
     expires: Instant,
     claim: Option<Held>,
+    /// Gets no further run.
+    draining: bool,
+    pace: Pace,
+}
+
+/// How a worker's compute thread advances, by its own account.
+#[derive(Debug, Clone)]
+struct Pace {
+    progress: pb::WorkerProgress,
+    /// When it was last seen to advance, or to wait for orders.
+    advanced: Instant,
+    /// The longest that it has paused at work and then gone on.
+    longest_pause: Duration,
+    /// It was named as stuck and has not moved since.
+    stuck: bool,
 }
 
 /// A claim as the worker's entry knows it.
@@ -45,14 +75,16 @@ struct Entry {
 struct Held {
     number: u64,
     run_id: String,
-    lost: mpsc::UnboundedSender<LostWorker>,
+    news: mpsc::UnboundedSender<ClaimNews>,
 }
 
-/// A worker that went away while it was claimed.
+/// What happens to a claimed worker.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct LostWorker {
-    pub(crate) id: String,
-    pub(crate) cause: String,
+pub(crate) enum ClaimNews {
+    /// It went away, or does not advance.
+    Lost { id: String, cause: String },
+    /// It is to be given back once its run has a checkpoint.
+    Draining { id: String },
 }
 
 /// Why a worker is not admitted.
@@ -66,7 +98,7 @@ pub(crate) struct GroupClaim {
     registry: Arc<Registry>,
     number: u64,
     workers: Vec<pb::WorkerInfo>,
-    lost: mpsc::UnboundedReceiver<LostWorker>,
+    news: mpsc::UnboundedReceiver<ClaimNews>,
 }
 
 /// A place in the queue. Dropping it leaves the queue.
@@ -76,6 +108,9 @@ pub(crate) struct Ticket {
     number: u64,
     run_id: String,
     needed: usize,
+    /// So many will do once it has waited long enough.
+    at_least: usize,
+    enough_from: Instant,
     changes: watch::Receiver<u64>,
     told: Option<Standing>,
 }
@@ -98,12 +133,17 @@ pub(crate) enum Turn {
 }
 
 impl Registry {
-    pub(crate) fn new(lease: Duration) -> Arc<Self> {
-        Arc::new(Self { inner: Mutex::default(), changes: watch::Sender::new(0), lease })
+    pub(crate) fn new(patience: Patience) -> Arc<Self> {
+        Arc::new(Self { inner: Mutex::default(), changes: watch::Sender::new(0), patience })
     }
 
     pub(crate) fn lease(&self) -> Duration {
-        self.lease
+        self.patience.lease
+    }
+
+    /// How often a worker is to renew: its progress is seen as often.
+    pub(crate) fn renew_interval(&self) -> Duration {
+        (self.patience.lease / 3).min(Duration::from_secs(1))
     }
 
     /// Admits a worker, in place of any earlier entry of its id, and returns its lease.
@@ -114,32 +154,71 @@ impl Registry {
             return Err(RegistryFull);
         }
         let mut claim = None;
+        let mut draining = false;
         if let Some(earlier) = inner.workers.remove(&info.id) {
             if earlier.info.incarnation == info.incarnation {
                 claim = earlier.claim;
+                draining = earlier.draining;
             } else {
                 earlier.tell_lost("it has restarted and lost its session");
             }
         }
         info!(worker_id = info.id, endpoint = info.endpoint, device = info.device, "worker registered");
-        let expires = Instant::now() + self.lease;
-        inner.workers.insert(info.id.clone(), Entry { info, lease_id: lease_id.clone(), expires, claim });
+        let expires = Instant::now() + self.patience.lease;
+        let pace = Pace::new();
+        let entry = Entry { lease_id: lease_id.clone(), expires, claim, draining, pace, info };
+        inner.workers.insert(entry.info.id.clone(), entry);
         drop(inner);
         self.note_change();
         Ok(lease_id)
     }
 
-    /// Prolongs a lease; false when there is none of that name.
-    pub(crate) fn renew(&self, lease_id: &str) -> bool {
+    /// Prolongs a lease and takes in how far the worker is; nothing when there is no lease of that name.
+    pub(crate) fn renew(
+        &self,
+        lease_id: &str,
+        progress: Option<pb::WorkerProgress>,
+        draining: bool,
+    ) -> Option<Renewed> {
         let mut inner = lock(&self.inner);
-        let entry = inner.workers.values_mut().find(|entry| entry.lease_id == lease_id);
-        let found = entry.is_some();
-        if let Some(entry) = entry {
-            entry.expires = Instant::now() + self.lease;
+        let entry = inner.workers.values_mut().find(|entry| entry.lease_id == lease_id)?;
+        entry.expires = Instant::now() + self.patience.lease;
+        let was_stuck = entry.pace.stuck;
+        if let Some(progress) = progress {
+            entry.pace.take_in(progress);
+        }
+        let freed = was_stuck && !entry.pace.stuck;
+        if draining {
+            entry.drain();
+        }
+        let renewed = Renewed { idle: entry.claim.is_none(), draining: entry.draining };
+        drop(inner);
+        // The keeper of the leases may sleep for longer now, but never wakes too late.
+        if freed {
+            self.note_change();
+        }
+        Some(renewed)
+    }
+
+    /// Takes a worker out of service; nothing when there is none of that name.
+    pub(crate) fn drain(&self, id: &str) -> Option<pb::Worker> {
+        let mut inner = lock(&self.inner);
+        inner.workers.get_mut(id)?.drain();
+        drop(inner);
+        self.note_change();
+        self.list().into_iter().find(|worker| worker.info.as_ref().is_some_and(|info| info.id == id))
+    }
+
+    /// Takes a lease back; none of that name is as good.
+    pub(crate) fn deregister(&self, lease_id: &str) {
+        let mut inner = lock(&self.inner);
+        let id = inner.workers.iter().find(|(_, entry)| entry.lease_id == lease_id).map(|(id, _)| id.clone());
+        if let Some(entry) = id.and_then(|id| inner.workers.remove(&id)) {
+            info!(worker_id = entry.info.id, "worker deregistered");
+            entry.tell_lost("it has ended");
         }
         drop(inner);
-        // The keeper of the leases may sleep for longer now, but never wakes too late: nothing to note.
-        found
+        self.note_change();
     }
 
     /// All workers, by id.
@@ -152,6 +231,8 @@ impl Registry {
             lease_expire_time: Some(wire::convert::time::time_to_pb(
                 wall + entry.expires.saturating_duration_since(now),
             )),
+            draining: entry.draining,
+            progress: Some(entry.pace.progress),
         };
         inner.workers.values().map(shown).collect()
     }
@@ -161,8 +242,8 @@ impl Registry {
         lock(&self.inner).workers.len()
     }
 
-    /// Draws a place at the end of the queue.
-    pub(crate) fn enqueue(self: &Arc<Self>, run_id: &str, needed: usize) -> Ticket {
+    /// Draws a place at the end of the queue, for `needed` workers, or after a while for `at_least` so many.
+    pub(crate) fn enqueue(self: &Arc<Self>, run_id: &str, needed: usize, at_least: usize) -> Ticket {
         let mut inner = lock(&self.inner);
         let number = inner.next_number();
         inner.queue.push_back(number);
@@ -172,6 +253,8 @@ impl Registry {
             number,
             run_id: run_id.to_owned(),
             needed,
+            at_least: at_least.clamp(1, needed),
+            enough_from: Instant::now() + self.patience.regroup,
             changes: self.changes.subscribe(),
             told: None,
         }
@@ -181,13 +264,15 @@ impl Registry {
     pub(crate) fn claim_one(self: &Arc<Self>, run_id: &str) -> Option<GroupClaim> {
         let mut inner = lock(&self.inner);
         let number = inner.next_number();
-        let (workers, lost) = inner.claim(number, run_id, 1)?;
-        Some(GroupClaim { registry: self.clone(), number, workers, lost })
+        let (workers, news) = inner.claim(number, run_id, 1, 1)?;
+        Some(GroupClaim { registry: self.clone(), number, workers, news })
     }
 
     /// Ends leases when they run out, until told to stop.
     pub(crate) async fn keep_leases(self: Arc<Self>, stop: CancellationToken) {
         let mut changes = self.changes.subscribe();
+        let mut look = tokio::time::interval(LOOK_EVERY);
+        look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             let next = lock(&self.inner).workers.values().map(|entry| entry.expires).min();
             let due = async {
@@ -201,6 +286,7 @@ impl Registry {
                 // The sender lives in `self`, so this cannot fail.
                 _ = changes.changed() => {}
                 () = due => self.expire(Instant::now()),
+                _ = look.tick() => self.name_stuck(Instant::now()),
             }
         }
     }
@@ -215,13 +301,55 @@ impl Registry {
             .collect();
         for id in &overdue {
             if let Some(entry) = inner.workers.remove(id) {
-                warn!(worker_id = id, lease_seconds = self.lease.as_secs_f64(), "lease ran out");
-                entry.tell_lost(&format!("it has not renewed its lease for {} s", self.lease.as_secs_f64()));
+                let seconds = self.patience.lease.as_secs_f64();
+                warn!(worker_id = id, lease_seconds = seconds, "lease ran out");
+                entry.tell_lost(&format!("it has not renewed its lease for {seconds} s"));
             }
         }
         drop(inner);
         if !overdue.is_empty() {
             self.note_change();
+        }
+    }
+
+    /// Names claimed workers that renew their leases and do not advance. Of those that wait in a collective the one that
+    /// has begun the fewest is named: it is the one that the others wait for.
+    fn name_stuck(&self, now: Instant) {
+        let mut inner = lock(&self.inner);
+        let mut groups: BTreeMap<u64, Vec<String>> = BTreeMap::new();
+        for (id, entry) in &inner.workers {
+            if let Some(claim) = &entry.claim {
+                groups.entry(claim.number).or_default().push(id.clone());
+            }
+        }
+        let mut named = Vec::new();
+        for ids in groups.into_values() {
+            let stalled: Vec<&Entry> = ids
+                .iter()
+                .filter_map(|id| inner.workers.get(id))
+                .filter(|entry| entry.pace.is_stalled(now, self.patience.stall))
+                .collect();
+            let culprit = match stalled.iter().find(|entry| !entry.pace.is_in_collective()) {
+                Some(entry) => Some(entry),
+                // As long as one of the group still advances, the others rightly wait for it.
+                None if ids.iter().filter_map(|id| inner.workers.get(id)).all(|entry| {
+                    !entry.pace.progress.working || entry.pace.is_stalled(now, self.patience.stall)
+                }) =>
+                {
+                    stalled.iter().min_by_key(|entry| entry.pace.progress.collectives_entered)
+                }
+                None => None,
+            };
+            named.extend(culprit.map(|entry| entry.info.id.clone()));
+        }
+        for id in named {
+            if let Some(entry) = inner.workers.get_mut(&id) {
+                let seconds = now.saturating_duration_since(entry.pace.advanced).as_secs_f64();
+                warn!(worker_id = id, seconds, "worker does not advance");
+                entry.pace.stuck = true;
+                let place = if entry.pace.is_in_collective() { ", in a collective" } else { "" };
+                entry.tell_lost(&format!("it answers but has made no progress for {seconds:.1} s{place}"));
+            }
         }
     }
 
@@ -247,42 +375,107 @@ impl Inner {
         self.last_number
     }
 
-    /// Takes `needed` idle workers of one kind of device, the lowest ids first; all or none. GPUs go before CPUs.
+    /// Takes `needed` idle workers of one kind of device, the lowest ids first, or failing that as many as there are but
+    /// `at_least` so many; else none. GPUs go before CPUs.
     fn claim(
         &mut self,
         number: u64,
         run_id: &str,
         needed: usize,
-    ) -> Option<(Vec<pb::WorkerInfo>, mpsc::UnboundedReceiver<LostWorker>)> {
+        at_least: usize,
+    ) -> Option<(Vec<pb::WorkerInfo>, mpsc::UnboundedReceiver<ClaimNews>)> {
         let mut kinds: BTreeMap<(bool, &str), Vec<String>> = BTreeMap::new();
-        for (id, entry) in self.workers.iter().filter(|(_, entry)| entry.claim.is_none()) {
+        for (id, entry) in self.workers.iter().filter(|(_, entry)| entry.is_idle()) {
             let kind = device_kind(&entry.info.device);
             kinds.entry((kind == "cpu", kind)).or_default().push(id.clone());
         }
-        let ids = kinds.into_values().find(|ids| ids.len() >= needed)?;
-        let (sender, lost) = mpsc::unbounded_channel();
+        let kinds: Vec<Vec<String>> = kinds.into_values().collect();
+        let whole = kinds.iter().find(|ids| ids.len() >= needed);
+        let ids = whole.or_else(|| {
+            let most = kinds.iter().map(Vec::len).max()?;
+            kinds.iter().find(|ids| ids.len() == most && most >= at_least)
+        })?;
+        let (sender, news) = mpsc::unbounded_channel();
         let mut workers = Vec::with_capacity(needed);
         for id in ids.iter().take(needed) {
             if let Some(entry) = self.workers.get_mut(id) {
-                entry.claim = Some(Held { number, run_id: run_id.to_owned(), lost: sender.clone() });
+                entry.claim = Some(Held { number, run_id: run_id.to_owned(), news: sender.clone() });
+                entry.pace.advanced = Instant::now();
                 workers.push(entry.info.clone());
             }
         }
-        Some((workers, lost))
+        Some((workers, news))
     }
 
     fn idle(&self) -> usize {
-        self.workers.values().filter(|entry| entry.claim.is_none()).count()
+        self.workers.values().filter(|entry| entry.is_idle()).count()
     }
 }
 
 impl Entry {
+    fn is_idle(&self) -> bool {
+        self.claim.is_none() && !self.draining && !self.pace.stuck
+    }
+
     fn tell_lost(&self, cause: &str) {
+        self.tell(ClaimNews::Lost { id: self.info.id.clone(), cause: cause.to_owned() });
+    }
+
+    fn tell(&self, news: ClaimNews) {
         if let Some(claim) = &self.claim {
             // A claim that has just ended does not care any more.
-            let _ = claim.lost.send(LostWorker { id: self.info.id.clone(), cause: cause.to_owned() });
+            let _ = claim.news.send(news);
         }
     }
+
+    fn drain(&mut self) {
+        if !std::mem::replace(&mut self.draining, true) {
+            info!(worker_id = self.info.id, "worker is taken out of service");
+            self.tell(ClaimNews::Draining { id: self.info.id.clone() });
+        }
+    }
+}
+
+impl Pace {
+    fn new() -> Self {
+        Self {
+            progress: pb::WorkerProgress::default(),
+            advanced: Instant::now(),
+            longest_pause: Duration::ZERO,
+            stuck: false,
+        }
+    }
+
+    fn take_in(&mut self, progress: pb::WorkerProgress) {
+        let now = Instant::now();
+        let moved = progress != self.progress;
+        if moved || !progress.working {
+            if moved && progress.working && self.progress.working {
+                self.longest_pause = self.longest_pause.max(now.saturating_duration_since(self.advanced));
+            }
+            self.advanced = now;
+            self.stuck = false;
+        }
+        self.progress = progress;
+    }
+
+    fn is_in_collective(&self) -> bool {
+        self.progress.collectives_entered > self.progress.collectives_left
+    }
+
+    /// Whether it has been at work without any progress for longer than it ever was before it went on.
+    fn is_stalled(&self, now: Instant, at_least: Duration) -> bool {
+        let tolerated = at_least.max(self.longest_pause * PAUSES_TOLERATED);
+        self.progress.working && !self.stuck && now.saturating_duration_since(self.advanced) > tolerated
+    }
+}
+
+/// What a renewal tells the worker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Renewed {
+    /// No run holds it.
+    pub(crate) idle: bool,
+    pub(crate) draining: bool,
 }
 
 impl GroupClaim {
@@ -291,10 +484,10 @@ impl GroupClaim {
         &self.workers
     }
 
-    /// The next of them that goes away.
-    pub(crate) async fn next_lost(&mut self) -> LostWorker {
-        match self.lost.recv().await {
-            Some(lost) => lost,
+    /// What happens next to one of them.
+    pub(crate) async fn next_news(&mut self) -> ClaimNews {
+        match self.news.recv().await {
+            Some(news) => news,
             // All of them are gone or given back: nothing more to hear.
             None => std::future::pending().await,
         }
@@ -321,20 +514,25 @@ impl Ticket {
             let standing = {
                 let mut inner = lock(&self.registry.inner);
                 let ahead = inner.queue.iter().take_while(|number| **number != self.number).count();
+                let least = if Instant::now() >= self.enough_from { self.at_least } else { self.needed };
                 if ahead == 0
-                    && let Some((workers, lost)) = inner.claim(self.number, &self.run_id, self.needed)
+                    && let Some((workers, news)) = inner.claim(self.number, &self.run_id, self.needed, least)
                 {
                     let registry = self.registry.clone();
-                    return Turn::Claimed(GroupClaim { registry, number: self.number, workers, lost });
+                    return Turn::Claimed(GroupClaim { registry, number: self.number, workers, news });
                 }
                 Standing { idle: inner.idle(), registered: inner.workers.len(), ahead }
             };
             if self.told.replace(standing) != Some(standing) {
                 return Turn::Waiting(standing);
             }
-            if self.changes.changed().await.is_err() {
-                // The registry is gone and with it this process's purpose.
-                std::future::pending::<()>().await;
+            let enough = Instant::now() < self.enough_from && self.at_least < self.needed;
+            tokio::select! {
+                changed = self.changes.changed() => if changed.is_err() {
+                    // The registry is gone and with it this process's purpose.
+                    std::future::pending::<()>().await;
+                },
+                () = tokio::time::sleep_until(self.enough_from), if enough => {}
             }
         }
     }

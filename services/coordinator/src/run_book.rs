@@ -1,19 +1,22 @@
-//! The runs that this coordinator knows: what is shown of them, and their numbered events.
+//! The runs that this coordinator knows: what is shown of them, and the latest of their numbered events.
 
+use crate::records::{Fork, StoredEvent, StoredRun};
 use crate::sync::lock;
-use pruning::KeepMask;
+use model_spec::LayerSpec;
 use pruning_run::{
-    Decision, Evaluation, ExportResult, Generation, RunEvent, RunEventKind, RunId, RunSetup, RunState,
-    ShardFile, StepReport, TaskResult,
+    Checkpoint, Evaluation, Event, ExportResult, Generation, GuardAction, RunEventKind, RunId, RunSetup,
+    RunState, StepReport, TaskResult,
 };
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use wire::{RunSpec, pb};
 
 /// Most runs that may be under way or queued at once.
 const MAX_LIVE_RUNS: usize = 1000;
+/// Events of a run that are kept at hand; older ones are read from the store.
+const RECENT_EVENTS: usize = 1024;
 
 /// All runs, in the order in which they were created.
 #[derive(Debug, Default)]
@@ -23,21 +26,10 @@ pub(crate) struct RunBook {
 
 #[derive(Debug, Default)]
 struct Inner {
-    last_number: u64,
     /// By place in the order of creation.
     runs: BTreeMap<u64, Arc<RunRecord>>,
     by_id: HashMap<String, u64>,
     by_request: HashMap<String, u64>,
-}
-
-/// A run that passed admission, not yet in the book.
-#[derive(Debug)]
-pub(crate) struct NewRun {
-    pub(crate) spec: RunSpec,
-    pub(crate) setup: Arc<RunSetup>,
-    pub(crate) plan: pb::RunPlan,
-    /// Absent: every call makes a run.
-    pub(crate) request_id: Option<String>,
 }
 
 /// Why a run is not taken into the book.
@@ -45,9 +37,6 @@ pub(crate) struct NewRun {
 pub(crate) enum NotBooked {
     #[error("{MAX_LIVE_RUNS} runs are queued or under way, which is the most allowed")]
     TooMany,
-    /// The request has made a run already.
-    #[error("this request has already made run `{}`", .0.id)]
-    Repeated(Arc<RunRecord>),
     #[error("run `{other}`, which has not ended, exports to the same folder")]
     SameExport { other: RunId },
 }
@@ -61,65 +50,103 @@ pub(crate) struct RunRecord {
     pub(crate) spec: RunSpec,
     pub(crate) setup: Arc<RunSetup>,
     pub(crate) plan: pb::RunPlan,
+    pub(crate) fork: Option<Fork>,
     pub(crate) create_time: SystemTime,
+    /// SHA-256 of what the request asked for.
+    pub(crate) request_digest: Vec<u8>,
     log: Mutex<Log>,
     /// Revision of the last event.
     revision: watch::Sender<u64>,
-    /// Why the run is to end, once someone has asked for it.
-    cancel: watch::Sender<Option<String>>,
+    /// To the run's driver, as long as there is one.
+    requests: mpsc::UnboundedSender<Event>,
 }
 
 #[derive(Debug)]
 struct Log {
-    events: Vec<RunEvent>,
+    recent: VecDeque<Arc<StoredEvent>>,
     shown: Shown,
 }
 
 /// What the events so far amount to.
 #[derive(Debug, Clone)]
 pub(crate) struct Shown {
+    pub(crate) revision: u64,
     pub(crate) state: RunState,
     pub(crate) message: String,
+    /// What stands in the way of the run, outside of it.
+    pub(crate) trouble: Option<String>,
     pub(crate) start_time: Option<SystemTime>,
     pub(crate) end_time: Option<SystemTime>,
     pub(crate) last_step: Option<StepReport>,
-    pub(crate) decisions: Vec<Arc<Decision>>,
+    pub(crate) decisions: Vec<ShownDecision>,
+    pub(crate) generation: Generation,
     pub(crate) evaluations: Vec<Evaluation>,
     pub(crate) tasks: Vec<TaskResult>,
     pub(crate) export: Option<ExportResult>,
+    pub(crate) checkpoint: Option<Checkpoint>,
+    pub(crate) restarts: u32,
     /// By tensor-parallel rank.
     pub(crate) worker_ids: Vec<String>,
-    /// The ranks' checkpoint files, once the run has ended well.
-    pub(crate) shards: Option<Vec<ShardFile>>,
+}
+
+/// A decision without its mask, which the store has.
+#[derive(Debug, Clone)]
+pub(crate) struct ShownDecision {
+    pub(crate) revision: u64,
+    pub(crate) generation: Generation,
+    pub(crate) step: u64,
+    pub(crate) sparsity: f64,
+    pub(crate) parameters: u64,
+    pub(crate) widths: Vec<LayerSpec>,
+}
+
+/// Events at hand.
+#[derive(Debug)]
+pub(crate) enum Recent {
+    Events {
+        events: Vec<Arc<StoredEvent>>,
+        /// The run has ended with the last of them.
+        ends: bool,
+    },
+    /// They lie too far back: the store has them.
+    Older,
 }
 
 impl RunBook {
-    /// Writes a run into the book under a new id.
-    pub(crate) fn add(&self, new: NewRun) -> Result<Arc<RunRecord>, NotBooked> {
-        let mut inner = lock(&self.inner);
-        if let Some(earlier) = new.request_id.as_ref().and_then(|request| inner.by_request.get(request)) {
-            return Err(NotBooked::Repeated(inner.runs[earlier].clone()));
-        }
+    /// Whether another run like this may be taken.
+    pub(crate) fn check_room(&self, spec: &RunSpec) -> Result<(), NotBooked> {
+        let inner = lock(&self.inner);
         let live: Vec<&Arc<RunRecord>> = inner.runs.values().filter(|run| !run.state().has_ended()).collect();
         if live.len() >= MAX_LIVE_RUNS {
             return Err(NotBooked::TooMany);
         }
         let folder = |spec: &RunSpec| spec.export.as_ref().map(|export| export.path.clone());
-        if let Some(path) = folder(&new.spec)
-            && let Some(other) = live.iter().find(|run| folder(&run.spec).as_ref() == Some(&path))
-        {
-            return Err(NotBooked::SameExport { other: other.id.clone() });
+        match folder(spec) {
+            Some(path) => match live.iter().find(|run| folder(&run.spec).as_ref() == Some(&path)) {
+                Some(other) => Err(NotBooked::SameExport { other: other.id.clone() }),
+                None => Ok(()),
+            },
+            None => Ok(()),
         }
-        let number = inner.last_number + 1;
-        let id = RunId(format!("run-{}", &uuid::Uuid::new_v4().simple().to_string()[..12]));
-        let record = Arc::new(RunRecord::new(id, number, new.spec, new.setup, new.plan));
-        inner.last_number = number;
-        inner.by_id.insert(record.id.0.clone(), number);
-        if let Some(request) = new.request_id {
-            inner.by_request.insert(request, number);
+    }
+
+    /// Takes in a run that is in the store.
+    pub(crate) fn add(&self, record: Arc<RunRecord>, request_id: Option<String>) {
+        let mut inner = lock(&self.inner);
+        inner.by_id.insert(record.id.0.clone(), record.number);
+        if let Some(request) = request_id {
+            inner.by_request.insert(request, record.number);
         }
-        inner.runs.insert(number, record.clone());
-        Ok(record)
+        inner.runs.insert(record.number, record);
+    }
+
+    /// Forgets a run.
+    pub(crate) fn remove(&self, id: &RunId) {
+        let mut inner = lock(&self.inner);
+        if let Some(number) = inner.by_id.remove(&id.0) {
+            inner.runs.remove(&number);
+            inner.by_request.retain(|_, other| *other != number);
+        }
     }
 
     pub(crate) fn get(&self, id: &str) -> Option<Arc<RunRecord>> {
@@ -133,38 +160,60 @@ impl RunBook {
         inner.by_request.get(request_id).map(|number| inner.runs[number].clone())
     }
 
-    /// Up to `count` runs created before number `before`, newest first.
-    pub(crate) fn newest(&self, before: u64, count: usize) -> Vec<Arc<RunRecord>> {
-        lock(&self.inner).runs.range(..before).rev().take(count).map(|(_, run)| run.clone()).collect()
+    /// All runs, newest first.
+    pub(crate) fn all(&self) -> Vec<Arc<RunRecord>> {
+        lock(&self.inner).runs.values().rev().cloned().collect()
     }
 }
 
+/// What a record is made of beside the run itself.
+#[derive(Debug)]
+pub(crate) struct Identity {
+    pub(crate) id: RunId,
+    pub(crate) number: u64,
+    pub(crate) create_time: SystemTime,
+    pub(crate) request_digest: Vec<u8>,
+}
+
 impl RunRecord {
-    fn new(id: RunId, number: u64, spec: RunSpec, setup: Arc<RunSetup>, plan: pb::RunPlan) -> Self {
+    /// A record without events, and where requests to its run arrive.
+    pub(crate) fn new(
+        identity: Identity,
+        run: StoredRun,
+        setup: Arc<RunSetup>,
+    ) -> (Arc<Self>, mpsc::UnboundedReceiver<Event>) {
         let shown = Shown {
+            revision: 0,
             state: RunState::Queued,
             message: String::new(),
+            trouble: None,
             start_time: None,
             end_time: None,
             last_step: None,
             decisions: Vec::new(),
+            generation: Generation(0),
             evaluations: Vec::new(),
             tasks: Vec::new(),
             export: None,
+            checkpoint: None,
+            restarts: 0,
             worker_ids: Vec::new(),
-            shards: None,
         };
-        Self {
-            id,
-            number,
-            spec,
+        let (requests, arriving) = mpsc::unbounded_channel();
+        let record = Self {
+            id: identity.id,
+            number: identity.number,
+            spec: run.spec,
             setup,
-            plan,
-            create_time: SystemTime::now(),
-            log: Mutex::new(Log { events: Vec::new(), shown }),
+            plan: run.plan,
+            fork: run.fork,
+            create_time: identity.create_time,
+            request_digest: identity.request_digest,
+            log: Mutex::new(Log { recent: VecDeque::new(), shown }),
             revision: watch::Sender::new(0),
-            cancel: watch::Sender::new(None),
-        }
+            requests,
+        };
+        (Arc::new(record), arriving)
     }
 
     pub(crate) fn state(&self) -> RunState {
@@ -175,24 +224,33 @@ impl RunRecord {
         lock(&self.log).shown.clone()
     }
 
-    /// Appends an event and wakes all who watch. Events come in the order of their revisions.
-    pub(crate) fn publish(&self, event: RunEvent) {
-        let revision = event.revision;
+    /// Shows an event that is in the store, and wakes all who watch. One that is shown already is passed over.
+    pub(crate) fn publish(&self, event: StoredEvent) {
+        let revision = event.event.revision;
         let mut log = lock(&self.log);
-        debug_assert_eq!(revision, log.events.len() as u64 + 1);
+        if revision != log.shown.revision + 1 {
+            return;
+        }
         log.shown.take_in(&event);
-        log.events.push(event);
+        log.recent.push_back(Arc::new(event));
+        if log.recent.len() > RECENT_EVENTS {
+            log.recent.pop_front();
+        }
         drop(log);
         self.revision.send_replace(revision);
     }
 
-    /// Up to `count` events past `revision`, and whether the run has ended with the last of them.
-    pub(crate) fn events_after(&self, revision: u64, count: usize) -> (Vec<RunEvent>, bool) {
+    /// Up to `count` events past `revision`, if they are at hand.
+    pub(crate) fn recent(&self, revision: u64, count: usize) -> Recent {
         let log = lock(&self.log);
-        let first = usize::try_from(revision).unwrap_or(usize::MAX).min(log.events.len());
-        let last = first.saturating_add(count).min(log.events.len());
-        let ends = last == log.events.len() && log.shown.state.has_ended();
-        (log.events[first..last].to_vec(), ends)
+        let first = log.recent.front().map_or(log.shown.revision + 1, |event| event.event.revision);
+        if revision + 1 < first {
+            return Recent::Older;
+        }
+        let skipped = usize::try_from(revision + 1 - first).unwrap_or(usize::MAX);
+        let events: Vec<_> = log.recent.iter().skip(skipped).take(count).cloned().collect();
+        let last = events.last().map_or(revision, |event| event.event.revision);
+        Recent::Events { events, ends: last >= log.shown.revision && log.shown.state.has_ended() }
     }
 
     /// Changes whenever an event is published.
@@ -200,80 +258,72 @@ impl RunRecord {
         self.revision.subscribe()
     }
 
-    /// Waits until the run has ended.
-    pub(crate) async fn ended(&self) {
+    /// Waits until what is shown is as wanted.
+    pub(crate) async fn until(&self, wanted: impl Fn(&Shown) -> bool) {
         let mut revisions = self.revisions();
         // The sender lives in `self`, so waiting cannot fail.
-        let _ = revisions.wait_for(|_| lock(&self.log).shown.state.has_ended()).await;
+        let _ = revisions.wait_for(|_| wanted(&lock(&self.log).shown)).await;
     }
 
-    /// Asks for the end. The first reason counts.
-    pub(crate) fn request_cancel(&self, reason: &str) {
-        self.cancel.send_if_modified(|asked| {
-            let first = asked.is_none();
-            if first {
-                *asked = Some(reason.to_owned());
-            }
-            first
-        });
-    }
-
-    /// Waits until someone asks for the end, and returns why.
-    pub(crate) async fn cancel_requested(&self) -> String {
-        let mut asked = self.cancel.subscribe();
-        // The sender lives in `self`, so waiting cannot fail.
-        let _ = asked.wait_for(Option::is_some).await;
-        let reason = asked.borrow().clone();
-        reason.unwrap_or_default()
+    /// Asks the run's driver for something. A run that has ended does not hear it.
+    pub(crate) fn request(&self, event: Event) {
+        let _ = self.requests.send(event);
     }
 
     pub(crate) fn assign(&self, worker_ids: Vec<String>) {
         lock(&self.log).shown.worker_ids = worker_ids;
     }
 
-    pub(crate) fn set_shards(&self, shards: Vec<ShardFile>) {
-        lock(&self.log).shown.shards = Some(shards);
+    pub(crate) fn set_trouble(&self, trouble: Option<String>) {
+        lock(&self.log).shown.trouble = trouble;
     }
 
     /// Remembers an export made after the run's end, when it had made none itself.
     pub(crate) fn set_export(&self, result: ExportResult) {
         lock(&self.log).shown.export.get_or_insert(result);
     }
-
-    /// What decision `generation` keeps; generation 0 is the dense model.
-    pub(crate) fn keep_mask(&self, generation: Generation) -> Option<KeepMask> {
-        if generation == Generation(0) {
-            return Some(KeepMask::full(self.setup.dense()));
-        }
-        let log = lock(&self.log);
-        let decision = log.shown.decisions.iter().find(|decision| decision.generation == generation)?;
-        Some(decision.keep_mask.clone())
-    }
 }
 
 impl Shown {
-    /// Number of the mask in force.
-    pub(crate) fn generation(&self) -> Generation {
-        self.decisions.last().map_or(Generation(0), |decision| decision.generation)
-    }
-
-    fn take_in(&mut self, event: &RunEvent) {
+    fn take_in(&mut self, stored: &StoredEvent) {
+        let event = &stored.event;
+        self.revision = event.revision;
         match &event.kind {
             RunEventKind::StateChange { state, message } => {
                 self.state = *state;
                 self.message.clone_from(message);
                 if *state == RunState::Starting {
-                    self.start_time = Some(event.time);
+                    self.start_time.get_or_insert(event.time);
                 }
                 if state.has_ended() {
                     self.end_time = Some(event.time);
                 }
             }
-            RunEventKind::Step(report) => self.last_step = Some(*report),
-            RunEventKind::Decision(decision) => self.decisions.push(decision.clone()),
+            RunEventKind::Step(report) => self.last_step = Some(report.clone()),
+            RunEventKind::Decision(decision) => {
+                self.generation = decision.generation;
+                self.decisions.push(ShownDecision {
+                    revision: event.revision,
+                    generation: decision.generation,
+                    step: decision.step,
+                    sparsity: decision.sparsity,
+                    parameters: decision.parameters,
+                    widths: stored.widths.clone(),
+                });
+            }
             RunEventKind::Evaluation(evaluation) => self.evaluations.push(evaluation.clone()),
             RunEventKind::Task(result) => self.tasks.push(result.clone()),
             RunEventKind::Export(result) => self.export = Some(result.clone()),
+            RunEventKind::Checkpoint(checkpoint) => self.checkpoint = Some(checkpoint.clone()),
+            RunEventKind::Restart(restart) => {
+                self.restarts = restart.restarts;
+                self.generation = restart.generation;
+            }
+            RunEventKind::Guard(verdict) => {
+                if verdict.action == Some(GuardAction::Revert) {
+                    self.generation = Generation(verdict.generation.0.saturating_sub(1));
+                }
+            }
         }
     }
 }

@@ -1,294 +1,151 @@
-use super::{Filter, MAX_BYTES, MAX_NESTING, Order, RunFields};
+use super::*;
 use proptest::prelude::*;
-use std::cmp::Ordering;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
-use wire::pb::RunState;
+use std::time::Duration;
 
-/// 2026-01-01T00:00:00Z.
-const NEW_YEAR: u64 = 1_767_225_600;
-
-fn at(seconds: u64) -> SystemTime {
-    UNIX_EPOCH + Duration::from_secs(seconds)
-}
-
-fn run() -> RunFields<'static> {
+fn run(id: &'static str, state: RunState, display_name: &'static str, created: u64) -> RunFields<'static> {
     RunFields {
-        id: "r-17",
-        state: RunState::Running,
-        display_name: "half of SmolLM2",
-        model: "/models/smollm2",
-        create_time: at(NEW_YEAR),
-        end_time: None,
-    }
-}
-
-#[test]
-fn a_filter_matches_what_it_says() {
-    for (filter, expected) in [
-        ("", true),
-        ("  \n ", true),
-        ("state = RUNNING", true),
-        ("state=RUN_STATE_RUNNING", true),
-        ("state:\"RUNNING\"", true),
-        ("state != RUNNING", false),
-        ("state = PAUSED", false),
-        ("id = r-17", true),
-        ("id='r-17'", true),
-        ("id < r-18 AND id >= r-17 AND id > r-16 AND id <= r-17", true),
-        ("model = /models/smollm2", true),
-        ("display_name:SmolLM2", true),
-        ("display_name:smollm2", false),
-        ("display_name:*", true),
-        ("display_name:\"*\"", false),
-        ("display_name = \"half of SmolLM2\"", true),
-        ("display_name = \"half of \\SmolLM2\"", true),
-        ("create_time = 2026-01-01T00:00:00Z", true),
-        ("create_time = \"2026-01-01T02:30:00+02:30\"", true),
-        ("create_time > \"2025-12-31T23:59:59.999999999Z\"", true),
-        ("create_time < \"2026-01-01T00:00:00Z\"", false),
-        ("NOT state = PAUSED", true),
-        ("-state = RUNNING", false),
-        ("NOT (state = PAUSED OR id = r-17)", false),
-        // OR binds tighter than AND: this is (id = r-17 OR id = a) AND state = PAUSED.
-        ("id = r-17 OR id = a AND state = PAUSED", false),
-        ("id = r-17 OR (id = a AND state = PAUSED)", true),
-        ("state = PAUSED AND id = a OR id = r-17", false),
-    ] {
-        let read = Filter::parse(filter).unwrap_or_else(|error| panic!("`{filter}`: {error}"));
-        assert_eq!(read.matches(&run()), expected, "`{filter}`");
-    }
-}
-
-#[test]
-fn a_filter_that_cannot_be_read_says_where_and_what_would_do() {
-    for (filter, expected) in [
-        ("status = RUNNING", "character 1: found `status = RUNNING`, expected one of `id`, `state`, "),
-        ("running", "character 1: found `running`, expected one of `id`"),
-        ("state", "character 6: found the end, expected = or !=, as states have no order"),
-        ("state < RUNNING", "character 7: found `< RUNNING`, expected = or !="),
-        ("state = RUNING", "character 9: found `RUNING`, expected a state, such as RUNNING"),
-        ("state = UNSPECIFIED", "character 9: found `UNSPECIFIED`, expected a state"),
-        ("state = ", "character 9: found the end, expected a state"),
-        ("id = AND", "character 6: found `AND`, expected a value"),
-        ("id = a b", "character 8: found `b`, expected AND, OR or the end"),
-        ("id = a AND", "character 11: found the end, expected one of `id`"),
-        ("id = a and id = b", "character 8: found `and id = b`, expected AND, OR or the end"),
-        ("(id = a", "character 8: found the end, expected AND, OR or `)`"),
-        ("id = a)", "character 7: found `)`, expected AND, OR or the end"),
-        ("id ~ a", "character 4: found `~ a`, expected one of = != < <= > >= :"),
-        ("id = \"a", "character 8: found the end, expected a closing \""),
-        ("id = \"a\\", "character 9: found the end, expected a closing \""),
-        ("id = 'ä' OR 'b'", "character 13: found `'b'`, expected one of `id`"),
-        ("create_time:*", "character 12: found `:*`, expected one of = != < <= > >=, as this"),
-        ("create_time > 2026", "character 15: found `2026`, expected an RFC 3339 time"),
-        (
-            "create_time > \"2026-02-30T00:00:00Z\"",
-            "character 15: found `\"2026-02-30T00:00:00Z\"`, expected an RFC",
-        ),
-        ("NOT NOT id = a", "character 5: found `NOT id = a`, expected one of `id`"),
-    ] {
-        let error = Filter::parse(filter).expect_err(filter).to_string();
-        assert!(error.starts_with(expected), "`{filter}`: {error}");
-    }
-}
-
-#[test]
-fn length_and_nesting_are_bounded() {
-    let nested = |depth: usize| format!("{}id = a{}", "(".repeat(depth), ")".repeat(depth));
-    assert!(Filter::parse(&nested(MAX_NESTING)).is_ok());
-    let error = Filter::parse(&nested(MAX_NESTING + 1)).expect_err("too deep");
-    assert_eq!(error.position, MAX_NESTING + 1);
-    assert_eq!(error.expected, format!("at most {MAX_NESTING} parentheses around each other"));
-
-    let padded = |bytes: usize| format!("{:bytes$}", "id = a");
-    assert!(Filter::parse(&padded(MAX_BYTES)).is_ok());
-    let too_long = padded(MAX_BYTES + 1);
-    for error in [Filter::parse(&too_long).expect_err("long"), Order::parse(&too_long).expect_err("long")] {
-        assert_eq!(error.found, format!("{} bytes", MAX_BYTES + 1));
-        assert_eq!(error.expected, format!("at most {MAX_BYTES} bytes"));
-    }
-}
-
-#[test]
-fn an_order_goes_by_its_fields_then_by_creation_newest_first() {
-    let run = |id, state, display_name, created, ended: Option<u64>| RunFields {
         id,
         state,
         display_name,
-        model: "",
-        create_time: at(created),
-        end_time: ended.map(at),
-    };
-    let runs = [
-        run("a", RunState::Succeeded, "x", 10, Some(50)),
-        run("b", RunState::Failed, "y", 20, Some(40)),
-        run("c", RunState::Running, "x", 30, None),
-        run("d", RunState::Running, "y", 30, None),
-    ];
-    for (order, expected) in [
-        ("", "cdba"),
-        (" ", "cdba"),
-        ("create_time", "abcd"),
-        ("create_time desc", "cdba"),
-        ("display_name", "cadb"),
-        ("display_name desc, create_time", "bdac"),
-        ("display_name,create_time   desc", "cadb"),
-        ("state", "bcda"),
-        ("state desc,display_name desc", "adcb"),
-        ("end_time", "bacd"),
-        ("end_time desc", "cdab"),
+        model: "/models/llama-7b",
+        create_time: SystemTime::UNIX_EPOCH + Duration::from_secs(created),
+        end_time: state.has_ended().then(|| SystemTime::UNIX_EPOCH + Duration::from_secs(created + 60)),
+        number: created,
+    }
+}
+
+fn runs() -> [RunFields<'static>; 4] {
+    [
+        run("run-a", RunState::Running, "half of 7B", 100),
+        run("run-b", RunState::Succeeded, "fifth", 200),
+        run("run-c", RunState::Failed, "Half again", 300),
+        run("run-d", RunState::Queued, "", 400),
+    ]
+}
+
+#[test]
+fn a_filter_picks_what_it_says() {
+    for (filter, expected) in [
+        ("", "abcd"),
+        ("state = RUNNING", "a"),
+        ("state = RUN_STATE_FAILED", "c"),
+        ("state != RUNNING", "bcd"),
+        ("-state = RUNNING", "bcd"),
+        ("NOT (state = RUNNING OR state = FAILED)", "bd"),
+        ("display_name : half", "ac"),
+        ("display_name = \"half of 7B\"", "a"),
+        ("display_name = ''", "d"),
+        ("model:llama AND id >= \"run-b\" AND id < \"run-d\"", "bc"),
+        // OR binds tighter than AND.
+        ("state = RUNNING OR state = FAILED AND display_name : again", "c"),
+        ("state = RUNNING OR (state = FAILED AND display_name : again)", "ac"),
+        ("state = FAILED display_name : half", "c"),
+        ("create_time > \"1970-01-01T00:03:20Z\"", "cd"),
+        ("create_time <= \"1970-01-01T00:01:40Z\"", "a"),
+        ("end_time >= \"1970-01-01T00:00:00Z\"", "bc"),
     ] {
-        let order_read = Order::parse(order).unwrap_or_else(|error| panic!("`{order}`: {error}"));
-        let mut sorted = runs;
-        sorted.sort_by(|one, other| order_read.compare(one, other));
-        let ids: String = sorted.iter().map(|run| run.id).collect();
-        assert_eq!(ids, expected, "`{order}`");
+        let parsed = Filter::parse(filter).unwrap_or_else(|error| panic!("{filter}: {error}"));
+        let picked: String =
+            runs().iter().filter(|run| parsed.matches(run)).map(|run| &run.id[4..]).collect();
+        assert_eq!(picked, expected, "{filter}");
     }
 }
 
 #[test]
-fn an_order_that_cannot_be_read_says_where_and_what_would_do() {
-    for (order, expected) in [
-        ("model", "character 1: found `model`, expected one of `state`, `display_name`, "),
-        ("state,", "character 7: found the end, expected one of `state`"),
-        ("state asc", "character 7: found `asc`, expected `desc`, a comma or the end"),
-        ("state desc desc", "character 12: found `desc`, expected a comma or the end"),
-        ("state, state desc", "character 8: found `state desc`, expected a field not named before"),
-        (",", "character 1: found `,`, expected one of"),
+fn a_filter_that_cannot_be_read_names_the_place() {
+    for (filter, expected) in [
+        ("colour = red", "at byte 0: expected a field"),
+        ("state", "at byte 5: expected =, !=, <"),
+        ("state = SLEEPING", "at byte 8: expected the name of a state"),
+        ("state < RUNNING", "at byte 6: expected = or !="),
+        ("state = ", "at byte 8: expected a value"),
+        ("create_time > yesterday", "at byte 14: expected a time"),
+        ("(state = RUNNING", "at byte 16: expected `)`"),
+        ("state = RUNNING)", "at byte 15: expected AND, OR or the end"),
+        ("display_name = \"half", "at byte 15: the quotes are not closed"),
+        ("state ! RUNNING", "at byte 6: `!` must be `!=`"),
+        ("state = RUNNING AND", "at byte 19: expected a field"),
+        ("state = ; drop", "at byte 8: `;` is not expected"),
     ] {
-        let error = Order::parse(order).expect_err(order).to_string();
-        assert!(error.starts_with(expected), "`{order}`: {error}");
+        let error = Filter::parse(filter).unwrap_err().to_string();
+        assert!(error.starts_with(expected), "{filter}: {error}");
+    }
+    assert!(Filter::parse(&"(".repeat(500)).is_err());
+    assert!(Filter::parse(&"x".repeat(5000)).is_err());
+}
+
+#[test]
+fn runs_are_ordered_by_each_field_in_turn_and_else_newest_first() {
+    for (order, expected) in [
+        ("", "dcba"),
+        ("create_time", "abcd"),
+        ("create_time desc", "dcba"),
+        ("display_name", "dcba"),
+        ("state, create_time", "cdab"),
+        ("end_time desc", "cbda"),
+    ] {
+        let parsed = Order::parse(order).unwrap();
+        let mut sorted = runs();
+        sorted.sort_by(|one, other| parsed.compare(one, other));
+        let ids: String = sorted.iter().map(|run| &run.id[4..]).collect();
+        assert_eq!(ids, expected, "{order}");
+    }
+    for bad in ["colour", "state up", "state,", "state desc desc", ","] {
+        assert!(Order::parse(bad).is_err(), "{bad}");
     }
 }
 
-/// A filter as a person would define it: by what it accepts, with every parenthesis written out.
-#[derive(Debug, Clone)]
-enum Plain {
-    Text(&'static str, &'static str, String),
-    State(bool, RunState),
-    Created(&'static str, u64),
-    Not(Box<Plain>),
-    Both(Box<Plain>, Box<Plain>),
-    Either(Box<Plain>, Box<Plain>),
-}
-
-impl Plain {
-    fn accepts(&self, run: &RunFields<'_>) -> bool {
-        match self {
-            Self::Text(field, operator, value) => {
-                let text = match *field {
-                    "id" => run.id,
-                    "model" => run.model,
-                    _ => run.display_name,
-                };
-                if *operator == ":" {
-                    text.contains(value.as_str())
-                } else {
-                    plain(operator, text, value.as_str())
-                }
-            }
-            Self::State(is, state) => (run.state as i32 == *state as i32) == *is,
-            Self::Created(operator, seconds) => {
-                let created = run.create_time.duration_since(UNIX_EPOCH).expect("after 1970").as_secs();
-                plain(operator, created, *seconds)
-            }
-            Self::Not(inner) => !inner.accepts(run),
-            Self::Both(one, other) => one.accepts(run) & other.accepts(run),
-            Self::Either(one, other) => one.accepts(run) | other.accepts(run),
-        }
-    }
-
-    fn text(&self) -> String {
-        match self {
-            Self::Text(field, operator, value) => {
-                format!("{field} {operator} \"{}\"", value.replace('\\', "\\\\").replace('"', "\\\""))
-            }
-            Self::State(is, state) => {
-                format!("state {} {}", if *is { "=" } else { "!=" }, state.as_str_name())
-            }
-            Self::Created(operator, seconds) => {
-                let time = super::OffsetDateTime::from(at(*seconds));
-                format!(
-                    "create_time{operator}{}",
-                    time.format(&super::Rfc3339).expect("a year of four digits")
-                )
-            }
-            Self::Not(inner) => format!("NOT ({})", inner.text()),
-            Self::Both(one, other) => format!("(({}) AND ({}))", one.text(), other.text()),
-            Self::Either(one, other) => format!("(({}) OR ({}))", one.text(), other.text()),
-        }
+#[test]
+fn every_state_has_one_name() {
+    for (state, name) in STATES {
+        assert_eq!(state_name(state), name);
+        assert_eq!(state_of(name), Some(state));
     }
 }
 
-fn plain<T: PartialOrd>(operator: &str, one: T, other: T) -> bool {
-    match operator {
-        "=" => one == other,
-        "!=" => one != other,
-        "<" => one < other,
-        "<=" => one <= other,
-        ">" => one > other,
-        _ => one >= other,
-    }
-}
-
-fn states() -> impl Strategy<Value = RunState> {
-    (1..=11).prop_map(|number| RunState::try_from(number).expect("a state of the schema"))
-}
-
-fn plain_filters() -> impl Strategy<Value = Plain> {
-    let fields = prop::sample::select(vec!["id", "model", "display_name"]);
-    let relations = || prop::sample::select(vec!["=", "!=", "<", "<=", ">", ">="]);
-    let text_operators = prop::sample::select(vec!["=", "!=", "<", "<=", ">", ">=", ":"]);
-    let leaf = prop_oneof![
-        (fields, text_operators, "[a-c\"\\\\ *]{0,3}")
-            .prop_map(|(field, operator, value)| Plain::Text(field, operator, value)),
-        (any::<bool>(), states()).prop_map(|(is, state)| Plain::State(is, state)),
-        (relations(), 0..4_u64).prop_map(|(operator, seconds)| Plain::Created(operator, seconds)),
-    ];
-    leaf.prop_recursive(5, 24, 2, |inner| {
-        let pair = (inner.clone(), inner.clone());
+fn any_filter() -> impl Strategy<Value = Filter> {
+    let operator = || {
         prop_oneof![
-            inner.prop_map(|one| Plain::Not(Box::new(one))),
-            pair.clone().prop_map(|(one, other)| Plain::Both(Box::new(one), Box::new(other))),
-            pair.prop_map(|(one, other)| Plain::Either(Box::new(one), Box::new(other))),
+            Just(Operator::Equal),
+            Just(Operator::NotEqual),
+            Just(Operator::Less),
+            Just(Operator::GreaterEqual),
+            Just(Operator::Has)
+        ]
+    };
+    let field = prop_oneof![Just(TextField::Id), Just(TextField::DisplayName), Just(TextField::Model)];
+    let text = (field, operator(), "[ -~é]{0,8}").prop_map(|(field, operator, value)| Comparison::Text {
+        field,
+        operator,
+        value,
+    });
+    let state = (prop_oneof![Just(Operator::Equal), Just(Operator::NotEqual)], 0..STATES.len())
+        .prop_map(|(operator, place)| Comparison::State { operator, value: STATES[place].0 });
+    let time = (operator(), 0u64..4_000_000_000).prop_map(|(operator, seconds)| Comparison::Time {
+        field: TimeField::Create,
+        operator,
+        value: SystemTime::UNIX_EPOCH + Duration::from_secs(seconds),
+    });
+    let leaf = prop_oneof![text, state, time].prop_map(Filter::Compare);
+    leaf.prop_recursive(4, 16, 3, |inner| {
+        let some = || proptest::collection::vec(inner.clone(), 2..4);
+        prop_oneof![
+            some().prop_map(Filter::And),
+            some().prop_map(Filter::Or),
+            inner.clone().prop_map(|filter| Filter::Not(Box::new(filter)))
         ]
     })
 }
 
 proptest! {
     #[test]
-    fn a_filter_accepts_what_a_plain_evaluation_accepts(
-        filter in plain_filters(),
-        texts in prop::array::uniform3("[a-c\"\\\\ *]{0,3}"),
-        state in states(),
-        created in 0..4_u64,
-    ) {
-        let [id, display_name, model] = &texts;
-        let run = RunFields { id, state, display_name, model, create_time: at(created), end_time: None };
-        let read = Filter::parse(&filter.text()).map_err(|error| TestCaseError::fail(error.to_string()))?;
-        prop_assert_eq!(read.matches(&run), filter.accepts(&run), "{}", filter.text());
+    fn a_printed_filter_reads_as_the_same(filter in any_filter()) {
+        prop_assert_eq!(Filter::parse(&filter.to_string()), Ok(filter));
     }
 
     #[test]
-    fn a_printed_filter_reads_as_the_same_filter(filter in plain_filters()) {
-        let read = Filter::parse(&filter.text()).map_err(|error| TestCaseError::fail(error.to_string()))?;
-        let printed = read.to_string();
-        prop_assert_eq!(Filter::parse(&printed), Ok(read), "{}", printed);
-    }
-
-    #[test]
-    fn no_text_makes_the_readers_panic(
-        text in prop_oneof![
-            any::<String>(),
-            "((id|state|create_time|desc|NOT|AND|OR|-|\\(|\\)|=|!=|<|:|\"|'|\\\\|\\*|RUNNING|ä|,)[ ]?){0,12}",
-        ],
-    ) {
-        if let Ok(filter) = Filter::parse(&text) {
-            let _ = filter.matches(&run());
-            prop_assert_eq!(Filter::parse(&filter.to_string()), Ok(filter));
-        }
-        if let Ok(order) = Order::parse(&text) {
-            prop_assert_eq!(order.compare(&run(), &run()), Ordering::Equal);
-        }
+    fn no_text_makes_it_panic(text in "[ -~é\\n]{0,60}", order in "[a-z_, ]{0,30}") {
+        let _ = Filter::parse(&text).map(|filter| runs().map(|run| filter.matches(&run)));
+        let _ = Order::parse(&order);
     }
 }

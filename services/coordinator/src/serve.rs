@@ -1,6 +1,6 @@
 use crate::config::CoordinatorConfig;
 use crate::context::Context;
-use crate::one_worker::ENDING;
+use crate::resume;
 use crate::rpc::registry_service::Registration;
 use crate::rpc::run_service::Runs;
 use service_kit::{GrpcServer, Listener};
@@ -15,19 +15,21 @@ use wire::pb::run_service_server::RunServiceServer;
 /// Longest that calls may go on after the runs have ended.
 const GRACE: Duration = Duration::from_secs(5);
 
-/// Serves until `shutdown`, then cancels all runs, ends their sessions on the workers, and returns.
+/// Serves until `shutdown`, then checkpoints all runs, ends their sessions on the workers, and returns: the runs go on when
+/// a coordinator opens the same store again.
 ///
 /// # Errors
-/// When a folder of the configuration cannot be used or the transport fails.
+/// When a folder or the database of the configuration cannot be used, the transport fails, or another coordinator has
+/// opened the store.
 pub async fn serve(
     config: CoordinatorConfig,
     listener: Listener,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
-    let context = Context::open(&config)?;
+    let context = Context::open(&config).await?;
     let server = GrpcServer::new(DESCRIPTORS)?
         .with_service(
-            RunServiceServer::new(Runs { context: context.clone() })
+            RunServiceServer::new(Runs::new(context.clone()))
                 .max_decoding_message_size(limits::MESSAGE_BYTES)
                 .max_encoding_message_size(limits::MASK_MESSAGE_BYTES),
         )
@@ -39,16 +41,17 @@ pub async fn serve(
     info!(address = %listener.address(), "coordinator listens");
     let stop_serving = CancellationToken::new();
     let leases = tokio::spawn(context.registry.clone().keep_leases(stop_serving.clone()));
+    resume::take_up(&context).await?;
     let winding_down = {
         let (context, stop_serving) = (context.clone(), stop_serving.clone());
         async move {
-            shutdown.cancelled().await;
-            context.stopping.cancel();
-            for record in context.book.newest(u64::MAX, usize::MAX) {
-                record.request_cancel("the coordinator was shut down");
+            tokio::select! {
+                () = shutdown.cancelled() => {}
+                () = context.fenced.cancelled() => {}
             }
+            context.stopping.cancel();
             context.tasks.close();
-            if tokio::time::timeout(ENDING, context.tasks.wait()).await.is_err() {
+            if tokio::time::timeout(context.drain, context.tasks.wait()).await.is_err() {
                 warn!("sessions that did not end in time were left to their workers");
             }
             stop_serving.cancel();
@@ -60,7 +63,11 @@ pub async fn serve(
     stop_serving.cancel();
     winding_down.abort();
     leases.await?;
+    context.stores.close().await;
     served?;
+    if context.fenced.is_cancelled() {
+        anyhow::bail!("another coordinator has opened the store; this one must not go on");
+    }
     info!("coordinator ended");
     Ok(())
 }

@@ -1,23 +1,27 @@
 //! Replaying a run's events to those who watch it.
 
 use crate::messages;
-use crate::run_book::RunRecord;
+use crate::records::StoredEvent;
+use crate::run_book::{Recent, RunRecord};
+use crate::stores::Stores;
 use std::sync::Arc;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 use wire::pb;
+use wire::status::{Failure, Reason};
 
 /// Events that are converted at once.
 const PAGE: usize = 64;
-/// Events that may wait for a slow client; the rest waits in the book.
+/// Events that may wait for a slow client; the rest waits in the book, or in the store.
 const BUFFER: usize = 16;
 
 /// All events past `after_revision`, those to come included, each once and in order. Ends with the run.
 ///
-/// The client's pace is its own: the run writes to the book and never waits.
+/// The client's pace is its own: the run never waits for it.
 pub(crate) fn stream(
     record: Arc<RunRecord>,
+    stores: Stores,
     after_revision: u64,
 ) -> ReceiverStream<Result<pb::WatchRunResponse, Status>> {
     let (sender, receiver) = mpsc::channel(BUFFER);
@@ -27,10 +31,19 @@ pub(crate) fn stream(
         loop {
             // Marked before the book is read, so that what comes after the reading wakes us.
             revisions.mark_unchanged();
-            let (events, ends) = record.events_after(seen, PAGE);
-            let caught_up = events.len() < PAGE;
+            let (events, ends) = match record.recent(seen, PAGE) {
+                Recent::Events { events, ends } => (events, ends),
+                Recent::Older => match stored(&record, &stores, seen).await {
+                    Ok(events) => (events, false),
+                    Err(failure) => {
+                        let _ = sender.send(Err(failure.into())).await;
+                        return;
+                    }
+                },
+            };
+            let caught_up = events.is_empty();
             for event in events {
-                seen = event.revision;
+                seen = event.event.revision;
                 let message = pb::WatchRunResponse { event: Some(messages::event(&event)) };
                 if sender.send(Ok(message)).await.is_err() {
                     return;
@@ -49,4 +62,10 @@ pub(crate) fn stream(
         }
     });
     ReceiverStream::new(receiver)
+}
+
+async fn stored(record: &RunRecord, stores: &Stores, seen: u64) -> Result<Vec<Arc<StoredEvent>>, Failure> {
+    let events = stores.events(&record.id, seen, PAGE as u32).await;
+    let events = events.map_err(|error| Failure::from_error(Reason::StoreFailed, &error))?;
+    Ok(events.into_iter().map(Arc::new).collect())
 }

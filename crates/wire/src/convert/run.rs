@@ -2,9 +2,15 @@
 
 use super::{below, bounded_text, count_field, data, enum_field, recipe, required_text};
 use crate::fields::{InvalidFields, Violations};
-use crate::{ExportDtype, ExportSpec, RunSpec, limits, pb};
+use crate::{Durability, ExportDtype, ExportSpec, RunSpec, limits, pb};
+use pruning_run::{Guard, GuardAction, GuardBound, Retention};
 
 const DEFAULT_MAX_SHARD_BYTES: u64 = 5 << 30;
+const DEFAULT_CHECKPOINT_EVERY: u32 = 25;
+const DEFAULT_KEEP_LAST: u32 = 2;
+const DEFAULT_MAX_RESTARTS: u32 = 3;
+const MOST_KEPT: u32 = 1000;
+const MOST_RESTARTS: u32 = 1000;
 
 /// A run's spec that has passed every check that needs no file, defaults filled in. Paths of violations are relative to
 /// the spec, such as `recipe.pruning.shape`.
@@ -33,16 +39,90 @@ pub fn from_pb(message: Option<pb::RunSpec>, path: &str, found: &mut Violations)
             ),
         );
     }
+    let tp_degree = count_field(message.tp_degree, 1, limits::MAX_TP_DEGREE, &at("tp_degree"), found);
+    let min_tp_degree =
+        count_field(message.min_tp_degree, tp_degree, limits::MAX_TP_DEGREE, &at("min_tp_degree"), found);
+    if min_tp_degree > tp_degree {
+        found.reject(
+            at("min_tp_degree"),
+            format!("must not exceed `tp_degree` {tp_degree}; got {min_tp_degree}"),
+        );
+    }
+    let durability = durability_from_pb(message.durability.unwrap_or_default(), &at("durability"), found);
+    let guard = message.guard.and_then(|guard| guard_from_pb(guard, &at("guard"), found));
+    if guard.is_some() && message.evaluation.is_none() {
+        found.reject(at("guard"), "needs `evaluation`: the held-out text that it measures");
+    }
+    if guard.is_some_and(|guard| guard.action == GuardAction::Revert) && !durability.retention.decisions {
+        found.reject(
+            at("durability.forget_decisions"),
+            "must not be set where `guard.action` is GUARD_ACTION_REVERT",
+        );
+    }
     RunSpec {
         model: message.model,
         training_data: data::sources_from_pb(message.training_data, &at("training_data"), found),
         recipe,
-        tp_degree: count_field(message.tp_degree, 1, limits::MAX_TP_DEGREE, &at("tp_degree"), found),
+        tp_degree,
         evaluation: message.evaluation.map(|spec| data::evaluation_from_pb(spec, &at("evaluation"), found)),
         tasks: message.tasks.map(|spec| data::tasks_from_pb(spec, &at("tasks"), found)),
         export: message.export.map(|spec| export_from_pb(spec, &at("export"), found)),
         display_name: message.display_name,
+        min_tp_degree,
+        durability,
+        guard,
     }
+}
+
+fn durability_from_pb(message: pb::DurabilitySpec, path: &str, found: &mut Violations) -> Durability {
+    let at = |field: &str| below(path, field);
+    let most_steps = u32::try_from(limits::MAX_STEPS).unwrap_or(u32::MAX);
+    let every = at("checkpoint_every_steps");
+    let last = at("keep_last");
+    let max_restarts = message.max_restarts.unwrap_or(DEFAULT_MAX_RESTARTS);
+    if max_restarts > MOST_RESTARTS {
+        found.reject(at("max_restarts"), format!("must not exceed {MOST_RESTARTS}; got {max_restarts}"));
+    }
+    Durability {
+        checkpoint_every_steps: count_field(
+            message.checkpoint_every_steps,
+            DEFAULT_CHECKPOINT_EVERY as usize,
+            most_steps,
+            &every,
+            found,
+        ) as u64,
+        retention: Retention {
+            last: count_field(message.keep_last, DEFAULT_KEEP_LAST as usize, MOST_KEPT, &last, found),
+            decisions: !message.forget_decisions,
+        },
+        max_restarts,
+    }
+}
+
+fn guard_from_pb(message: pb::QualityGuard, path: &str, found: &mut Violations) -> Option<Guard> {
+    let at = |field: &str| below(path, field);
+    let action = match pb::GuardAction::try_from(message.action) {
+        Ok(pb::GuardAction::Hold) => Some(GuardAction::Hold),
+        Ok(pb::GuardAction::Revert) => Some(GuardAction::Revert),
+        Ok(pb::GuardAction::Unspecified) | Err(_) => {
+            found.reject(at("action"), "must be GUARD_ACTION_HOLD or GUARD_ACTION_REVERT");
+            None
+        }
+    };
+    let (field, value, bound) = match message.bound {
+        None => {
+            found.reject(path, "needs a bound: `max_perplexity` or `max_ratio`");
+            return None;
+        }
+        Some(pb::quality_guard::Bound::MaxPerplexity(most)) => {
+            ("max_perplexity", most, GuardBound::Perplexity(most))
+        }
+        Some(pb::quality_guard::Bound::MaxRatio(most)) => ("max_ratio", most, GuardBound::Ratio(most)),
+    };
+    if !value.is_finite() || value < 1.0 {
+        found.reject(at(field), format!("must be a number of at least 1; got {value}"));
+    }
+    Some(Guard { bound, action: action? })
 }
 
 /// Where and how a model is written; what is wrong goes to `found`.
@@ -85,6 +165,36 @@ pub fn to_pb(spec: &RunSpec) -> pb::RunSpec {
         tasks: spec.tasks.as_ref().map(data::tasks_to_pb),
         export: spec.export.as_ref().map(export_to_pb),
         display_name: spec.display_name.clone(),
+        min_tp_degree: Some(u32::try_from(spec.min_tp_degree).unwrap_or(u32::MAX)),
+        durability: Some(durability_to_pb(&spec.durability)),
+        guard: spec.guard.as_ref().map(guard_to_pb),
+    }
+}
+
+fn durability_to_pb(spec: &Durability) -> pb::DurabilitySpec {
+    pb::DurabilitySpec {
+        checkpoint_every_steps: Some(u32::try_from(spec.checkpoint_every_steps).unwrap_or(u32::MAX)),
+        keep_last: Some(u32::try_from(spec.retention.last).unwrap_or(u32::MAX)),
+        forget_decisions: !spec.retention.decisions,
+        max_restarts: Some(spec.max_restarts),
+    }
+}
+
+fn guard_to_pb(guard: &Guard) -> pb::QualityGuard {
+    pb::QualityGuard {
+        bound: Some(match guard.bound {
+            GuardBound::Perplexity(most) => pb::quality_guard::Bound::MaxPerplexity(most),
+            GuardBound::Ratio(most) => pb::quality_guard::Bound::MaxRatio(most),
+        }),
+        action: action_to_pb(guard.action).into(),
+    }
+}
+
+#[must_use]
+pub fn action_to_pb(action: GuardAction) -> pb::GuardAction {
+    match action {
+        GuardAction::Hold => pb::GuardAction::Hold,
+        GuardAction::Revert => pb::GuardAction::Revert,
     }
 }
 

@@ -32,16 +32,49 @@ impl RegistryService for Registration {
             .registry
             .register(info)
             .map_err(|full: RegistryFull| Failure::from_error(Reason::Refused, &full))?;
-        let lease_duration = Some(duration_to_pb(self.context.registry.lease()));
-        Ok(Response::new(pb::RegisterResponse { lease_id, lease_duration }))
+        Ok(Response::new(pb::RegisterResponse {
+            lease_id,
+            lease_duration: Some(duration_to_pb(self.context.registry.lease())),
+            renew_interval: Some(duration_to_pb(self.context.registry.renew_interval())),
+        }))
     }
 
     async fn renew(&self, request: Request<pb::RenewRequest>) -> Result<Response<pb::RenewResponse>, Status> {
-        if !self.context.registry.renew(&request.into_inner().lease_id) {
+        let pb::RenewRequest { lease_id, progress, draining, .. } = request.into_inner();
+        let Some(renewed) = self.context.registry.renew(&lease_id, progress, draining) else {
             return Err(Failure::new(Reason::LeaseNotFound, "the lease has run out; register again").into());
+        };
+        Ok(Response::new(pb::RenewResponse {
+            lease_duration: Some(duration_to_pb(self.context.registry.lease())),
+            idle: renewed.idle,
+            draining: renewed.draining,
+        }))
+    }
+
+    #[instrument(name = "deregister", skip_all)]
+    async fn deregister(
+        &self,
+        request: Request<pb::DeregisterRequest>,
+    ) -> Result<Response<pb::DeregisterResponse>, Status> {
+        self.context.registry.deregister(&request.into_inner().lease_id);
+        Ok(Response::new(pb::DeregisterResponse {}))
+    }
+
+    #[instrument(name = "drain_worker", skip_all, err(level = "debug"))]
+    async fn drain_worker(
+        &self,
+        request: Request<pb::DrainWorkerRequest>,
+    ) -> Result<Response<pb::DrainWorkerResponse>, Status> {
+        let id = request.into_inner().worker_id;
+        if id.is_empty() {
+            return Err(Failure::invalid_field("worker_id", "is required: the name of a worker").into());
         }
-        let lease_duration = Some(duration_to_pb(self.context.registry.lease()));
-        Ok(Response::new(pb::RenewResponse { lease_duration }))
+        let Some(worker) = self.context.registry.drain(&id) else {
+            let shown: String = id.chars().take(64).collect();
+            let message = format!("no worker `{shown}` is registered");
+            return Err(Failure::new(Reason::WorkerNotFound, message).into());
+        };
+        Ok(Response::new(pb::DrainWorkerResponse { worker: Some(worker) }))
     }
 
     #[instrument(name = "list_workers", skip_all)]

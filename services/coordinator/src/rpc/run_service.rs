@@ -1,33 +1,41 @@
-use crate::admission::{Admitted, admit, check_evaluation, check_output, check_tasks, read_spec};
+use super::what_if::{self, LastAsked};
+use crate::admission::{check_evaluation, check_output, check_tasks};
 use crate::context::Context;
 use crate::one_worker::Wanted;
-use crate::run_book::{NewRun, NotBooked, RunRecord};
-use crate::{driver, messages, one_worker, watch};
-use pruning_run::Generation;
+use crate::run_book::RunRecord;
+use crate::run_filter::{Filter, Order, RunFields};
+use crate::{messages, one_worker, watch};
+use pruning::KeepMask;
+use pruning_run::{Event, Generation, RunState};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 use tracing::instrument;
+use wire::Violations;
 use wire::convert::{data, mask, run};
 use wire::pb;
 use wire::pb::run_service_server::RunService;
 use wire::status::{Failure, Reason};
-use wire::{RunSpec, Violations, limits};
 
 const DEFAULT_PAGE_SIZE: u32 = 50;
 const MAX_PAGE_SIZE: u32 = 1000;
-/// Longest that CancelRun waits to see the run ended; ending its sessions goes on after that.
-const CANCEL_PATIENCE: Duration = Duration::from_secs(5);
+/// Longest that a call waits to see what it asked for; it happens all the same after that.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Creates, watches and ends runs.
 #[derive(Debug, Clone)]
 pub(crate) struct Runs {
     pub(crate) context: Arc<Context>,
+    pub(crate) last_asked: Arc<LastAsked>,
 }
 
 impl Runs {
-    fn find(&self, id: &str) -> Result<Arc<RunRecord>, Failure> {
+    pub(crate) fn new(context: Arc<Context>) -> Self {
+        Self { context, last_asked: Arc::default() }
+    }
+
+    pub(super) fn find(&self, id: &str) -> Result<Arc<RunRecord>, Failure> {
         if id.is_empty() {
             return Err(Failure::invalid_field("id", "is required: the identifier of a run"));
         }
@@ -37,17 +45,8 @@ impl Runs {
         })
     }
 
-    /// The run that this request has made before.
-    fn made_before(&self, request_id: &str, spec: &RunSpec) -> Result<Option<Arc<RunRecord>>, Failure> {
-        match self.context.book.by_request(request_id) {
-            Some(record) if record.spec == *spec => Ok(Some(record)),
-            Some(record) => Err(reused(&record)),
-            None => Ok(None),
-        }
-    }
-
     /// Checks what needs the file system, off the async threads.
-    async fn check<T: Send + 'static>(
+    pub(super) async fn check<T: Send + 'static>(
         &self,
         check: impl FnOnce(&Context) -> Result<T, Failure> + Send + 'static,
     ) -> Result<T, Failure> {
@@ -56,29 +55,149 @@ impl Runs {
         checked.unwrap_or_else(|error| Err(Failure::from_error(Reason::Internal, &error)))
     }
 
-    fn start(&self, new: NewRun) -> Result<Arc<RunRecord>, Failure> {
-        if self.context.stopping.is_cancelled() {
-            return Err(Failure::new(Reason::ShuttingDown, "the coordinator is shutting down"));
-        }
-        let spec = new.spec.clone();
-        let record = match self.context.book.add(new) {
-            Ok(record) => record,
-            Err(NotBooked::Repeated(record)) if record.spec == spec => return Ok(record),
-            Err(NotBooked::Repeated(record)) => return Err(reused(&record)),
-            Err(error @ NotBooked::SameExport { .. }) => {
-                return Err(Failure::invalid_field("spec.export.path", error.to_string()));
+    /// What a decision keeps.
+    pub(super) async fn keep_mask(
+        &self,
+        record: &RunRecord,
+        generation: Generation,
+    ) -> Result<KeepMask, Failure> {
+        let stored = self.context.stores.keep_mask(&record.id, generation).await;
+        stored.map_err(super::creation::store_failure)?.ok_or_else(|| {
+            let message = format!("run `{}` has made no decision {generation}", record.id);
+            Failure::new(Reason::DecisionNotFound, message)
+        })
+    }
+
+    fn list(&self, request: pb::ListRunsRequest) -> Result<pb::ListRunsResponse, Failure> {
+        let pb::ListRunsRequest { page_size, page_token, filter, order_by } = request;
+        let count = match page_size {
+            0 => DEFAULT_PAGE_SIZE,
+            size => size.min(MAX_PAGE_SIZE),
+        } as usize;
+        let filter =
+            Filter::parse(&filter).map_err(|error| Failure::invalid_field("filter", error.to_string()))?;
+        let order =
+            Order::parse(&order_by).map_err(|error| Failure::invalid_field("order_by", error.to_string()))?;
+        let mut picked: Vec<_> = self
+            .context
+            .book
+            .all()
+            .into_iter()
+            .map(|record| (record.shown(), record))
+            .filter(|(shown, record)| filter.matches(&fields(shown, record)))
+            .collect();
+        picked.sort_by(|(one_shown, one), (other_shown, other)| {
+            order.compare(&fields(one_shown, one), &fields(other_shown, other))
+        });
+        // A page begins after the run that the one before ended with.
+        let after = match page_token.as_str() {
+            "" => 0,
+            token => {
+                let number: u64 = token.parse().map_err(|_| {
+                    let problem = "is not the `next_page_token` of a page of this list";
+                    Failure::invalid_field("page_token", problem)
+                })?;
+                picked.iter().position(|(_, record)| record.number == number).map_or_else(
+                    || {
+                        // That run has changed or is gone: newest first, what was created before it follows.
+                        picked.iter().take_while(|(_, record)| record.number > number).count()
+                    },
+                    |place| place + 1,
+                )
             }
-            Err(error @ NotBooked::TooMany) => return Err(Failure::from_error(Reason::TooManyRuns, &error)),
         };
-        let ticket = self.context.registry.enqueue(&record.id.0, record.setup.tp_degree());
-        self.context.tasks.spawn(driver::drive(self.context.clone(), record.clone(), ticket));
-        Ok(record)
+        let page: Vec<_> = picked.iter().skip(after).take(count).collect();
+        let next_page_token = match page.last() {
+            Some((_, last)) if after + page.len() < picked.len() => last.number.to_string(),
+            Some(_) | None => String::new(),
+        };
+        let runs = page.iter().map(|(_, record)| messages::run(record)).collect();
+        Ok(pb::ListRunsResponse { runs, next_page_token })
+    }
+
+    async fn pause(&self, id: &str) -> Result<pb::Run, Failure> {
+        let record = self.find(id)?;
+        let refused = |what: &str| {
+            let message = format!("run `{}` {what}; it cannot be paused", record.id);
+            Failure::new(Reason::RunEnded, message).with_fact("run_id", &record.id)
+        };
+        match record.state() {
+            RunState::Succeeded | RunState::Failed | RunState::Cancelled => return Err(refused("has ended")),
+            RunState::Exporting => return Err(refused("exports its result")),
+            RunState::Cancelling => return Err(refused("is being cancelled")),
+            RunState::Queued
+            | RunState::Starting
+            | RunState::Running
+            | RunState::Pausing
+            | RunState::Paused
+            | RunState::Recovering => {}
+        }
+        record.request(Event::PauseRequested { reason: "paused on request".to_owned() });
+        let pauses = |state| matches!(state, RunState::Pausing | RunState::Paused) || state.has_ended();
+        let _ = tokio::time::timeout(PATIENCE, record.until(|shown| pauses(shown.state))).await;
+        Ok(messages::run(&record))
+    }
+
+    async fn resume(&self, id: &str) -> Result<pb::Run, Failure> {
+        let record = self.find(id)?;
+        if record.state().has_ended() {
+            let message =
+                format!("run `{}` has ended; fork it to go on from one of its decisions", record.id);
+            return Err(Failure::new(Reason::RunEnded, message).with_fact("run_id", &record.id));
+        }
+        record.request(Event::ResumeRequested { reason: "resumed on request".to_owned() });
+        let goes_on = |state| !matches!(state, RunState::Pausing | RunState::Paused);
+        let _ = tokio::time::timeout(PATIENCE, record.until(|shown| goes_on(shown.state))).await;
+        Ok(messages::run(&record))
+    }
+
+    async fn cancel(&self, request: pb::CancelRunRequest) -> Result<pb::Run, Failure> {
+        let record = self.find(&request.id)?;
+        let reason = "cancelled on request".to_owned();
+        record.request(Event::CancelRequested { reason, discard: request.discard });
+        let ends = |state: RunState| state == RunState::Cancelling || state.has_ended();
+        let _ = tokio::time::timeout(PATIENCE, record.until(|shown| ends(shown.state))).await;
+        // Without steps since the last checkpoint it has ended at once.
+        let ended = record.until(|shown| shown.state.has_ended());
+        let _ = tokio::time::timeout(Duration::from_millis(300), ended).await;
+        Ok(messages::run(&record))
+    }
+
+    async fn delete(&self, id: &str) -> Result<(), Failure> {
+        let record = self.find(id)?;
+        let _creating = self.context.creating.lock().await;
+        if !record.state().has_ended() {
+            let message = format!("run `{}` has not ended; cancel it first", record.id);
+            return Err(Failure::new(Reason::RunNotReady, message).with_fact("run_id", &record.id));
+        }
+        let needs = |other: &Arc<RunRecord>| {
+            let shown = other.shown();
+            let forked = other.fork.as_ref().is_some_and(|fork| fork.run_id == record.id);
+            forked && !shown.state.has_ended() && shown.checkpoint.is_none()
+        };
+        if let Some(fork) = self.context.book.all().into_iter().find(needs) {
+            let message = format!(
+                "run `{}` was forked from run `{}` and has no checkpoint of its own yet; delete it later",
+                fork.id, record.id
+            );
+            return Err(Failure::new(Reason::RunNotReady, message).with_fact("run_id", &fork.id));
+        }
+        self.context.stores.delete(&record.id).await.map_err(super::creation::store_failure)?;
+        self.context.book.remove(&record.id);
+        Ok(())
     }
 }
 
-fn reused(record: &RunRecord) -> Failure {
-    let message = format!("this request_id has made run `{}` from another spec", record.id);
-    Failure::new(Reason::RequestIdReused, message).with_fact("run_id", &record.id)
+fn fields<'a>(shown: &crate::run_book::Shown, record: &'a RunRecord) -> RunFields<'a> {
+    RunFields {
+        id: &record.id.0,
+        state: shown.state,
+        display_name: &record.spec.display_name,
+        model: &record.spec.model,
+        create_time: record.create_time,
+        end_time: shown.end_time,
+        number: record.number,
+    }
 }
 
 #[tonic::async_trait]
@@ -88,31 +207,17 @@ impl RunService for Runs {
         &self,
         request: Request<pb::CreateRunRequest>,
     ) -> Result<Response<pb::CreateRunResponse>, Status> {
-        let pb::CreateRunRequest { spec, validate_only, request_id } = request.into_inner();
-        let mut found = Violations::default();
-        let spec = read_spec(spec, &mut found);
-        if request_id.len() > limits::MAX_TEXT_BYTES {
-            found.reject("request_id", format!("must not exceed {} bytes", limits::MAX_TEXT_BYTES));
-        }
-        let request_id = Some(request_id).filter(|request_id| !request_id.is_empty());
-        if let Some(request_id) = &request_id
-            && found.is_empty()
-            && let Some(earlier) = self.made_before(request_id, &spec)?
-        {
-            return Ok(Response::new(pb::CreateRunResponse { run: Some(messages::run(&earlier)) }));
-        }
-        let (spec, Admitted { setup, plan }) = self
-            .check(move |context| {
-                let admitted = admit(&spec, &context.roots, context.blame_grace(), found)?;
-                Ok((spec, admitted))
-            })
-            .await?;
-        let run = if validate_only {
-            messages::checked_run(&spec, plan)
-        } else {
-            messages::run(&*self.start(NewRun { spec, setup, plan, request_id })?)
-        };
+        let run = self.create(request.into_inner()).await?;
         Ok(Response::new(pb::CreateRunResponse { run: Some(run) }))
+    }
+
+    #[instrument(name = "fork_run", skip_all, err(level = "debug"))]
+    async fn fork_run(
+        &self,
+        request: Request<pb::ForkRunRequest>,
+    ) -> Result<Response<pb::ForkRunResponse>, Status> {
+        let run = self.fork(request.into_inner()).await?;
+        Ok(Response::new(pb::ForkRunResponse { run: Some(run) }))
     }
 
     #[instrument(name = "get_run", skip_all, err(level = "debug"))]
@@ -129,26 +234,7 @@ impl RunService for Runs {
         &self,
         request: Request<pb::ListRunsRequest>,
     ) -> Result<Response<pb::ListRunsResponse>, Status> {
-        let pb::ListRunsRequest { page_size, page_token } = request.into_inner();
-        let count = match page_size {
-            0 => DEFAULT_PAGE_SIZE,
-            size => size.min(MAX_PAGE_SIZE),
-        } as usize;
-        let before = match page_token.as_str() {
-            "" => u64::MAX,
-            token => token.parse().map_err(|_| {
-                Failure::invalid_field("page_token", "is not the `next_page_token` of a page of this list")
-            })?,
-        };
-        let mut page = self.context.book.newest(before, count + 1);
-        let more = page.len() > count;
-        page.truncate(count);
-        let next_page_token = match page.last() {
-            Some(last) if more => last.number.to_string(),
-            Some(_) | None => String::new(),
-        };
-        let runs = page.iter().map(|record| messages::run(record)).collect();
-        Ok(Response::new(pb::ListRunsResponse { runs, next_page_token }))
+        Ok(Response::new(self.list(request.into_inner())?))
     }
 
     type WatchRunStream = ReceiverStream<Result<pb::WatchRunResponse, Status>>;
@@ -160,7 +246,25 @@ impl RunService for Runs {
     ) -> Result<Response<Self::WatchRunStream>, Status> {
         let pb::WatchRunRequest { id, after_revision } = request.into_inner();
         let record = self.find(&id)?;
-        Ok(Response::new(watch::stream(record, after_revision)))
+        Ok(Response::new(watch::stream(record, self.context.stores.clone(), after_revision)))
+    }
+
+    #[instrument(name = "pause_run", skip_all, err(level = "debug"))]
+    async fn pause_run(
+        &self,
+        request: Request<pb::PauseRunRequest>,
+    ) -> Result<Response<pb::PauseRunResponse>, Status> {
+        let run = self.pause(&request.into_inner().id).await?;
+        Ok(Response::new(pb::PauseRunResponse { run: Some(run) }))
+    }
+
+    #[instrument(name = "resume_run", skip_all, err(level = "debug"))]
+    async fn resume_run(
+        &self,
+        request: Request<pb::ResumeRunRequest>,
+    ) -> Result<Response<pb::ResumeRunResponse>, Status> {
+        let run = self.resume(&request.into_inner().id).await?;
+        Ok(Response::new(pb::ResumeRunResponse { run: Some(run) }))
     }
 
     #[instrument(name = "cancel_run", skip_all, err(level = "debug"))]
@@ -168,11 +272,17 @@ impl RunService for Runs {
         &self,
         request: Request<pb::CancelRunRequest>,
     ) -> Result<Response<pb::CancelRunResponse>, Status> {
-        let record = self.find(&request.into_inner().id)?;
-        record.request_cancel("cancelled on request");
-        // The run is returned as it then is; the driver sees the request before anything else.
-        let _ = tokio::time::timeout(CANCEL_PATIENCE, record.ended()).await;
-        Ok(Response::new(pb::CancelRunResponse { run: Some(messages::run(&record)) }))
+        let run = self.cancel(request.into_inner()).await?;
+        Ok(Response::new(pb::CancelRunResponse { run: Some(run) }))
+    }
+
+    #[instrument(name = "delete_run", skip_all, err(level = "debug"))]
+    async fn delete_run(
+        &self,
+        request: Request<pb::DeleteRunRequest>,
+    ) -> Result<Response<pb::DeleteRunResponse>, Status> {
+        self.delete(&request.into_inner().id).await?;
+        Ok(Response::new(pb::DeleteRunResponse {}))
     }
 
     #[instrument(name = "evaluate_run", skip_all, err(level = "debug"))]
@@ -235,8 +345,7 @@ impl RunService for Runs {
         request: Request<pb::ListDecisionsRequest>,
     ) -> Result<Response<pb::ListDecisionsResponse>, Status> {
         let record = self.find(&request.into_inner().id)?;
-        let decisions =
-            record.shown().decisions.iter().map(|decision| messages::decision(decision)).collect();
+        let decisions = record.shown().decisions.iter().map(messages::decision).collect();
         Ok(Response::new(pb::ListDecisionsResponse { decisions }))
     }
 
@@ -247,12 +356,51 @@ impl RunService for Runs {
     ) -> Result<Response<pb::GetKeepMaskResponse>, Status> {
         let pb::GetKeepMaskRequest { id, generation } = request.into_inner();
         let record = self.find(&id)?;
-        let generation = generation.map_or_else(|| record.shown().generation(), Generation);
-        let Some(keep_mask) = record.keep_mask(generation) else {
-            let message = format!("run `{}` has made no decision {generation}", record.id);
-            return Err(Failure::new(Reason::DecisionNotFound, message).into());
+        let generation = generation.map_or_else(|| record.shown().generation, Generation);
+        let keep_mask = match generation {
+            Generation(0) => KeepMask::full(record.setup.dense()),
+            decided => self.keep_mask(&record, decided).await?,
         };
         let keep_mask = Some(mask::to_pb(&keep_mask));
         Ok(Response::new(pb::GetKeepMaskResponse { generation: generation.0, keep_mask }))
+    }
+
+    type WatchImportanceStream = ReceiverStream<Result<pb::WatchImportanceResponse, Status>>;
+
+    #[instrument(name = "watch_importance", skip_all, err(level = "debug"))]
+    async fn watch_importance(
+        &self,
+        request: Request<pb::WatchImportanceRequest>,
+    ) -> Result<Response<Self::WatchImportanceStream>, Status> {
+        let pb::WatchImportanceRequest { id, after_revision } = request.into_inner();
+        let record = self.find(&id)?;
+        Ok(Response::new(what_if::watch(record, self.context.clone(), after_revision)))
+    }
+
+    #[instrument(name = "query_what_if", skip_all, err(level = "debug"))]
+    async fn query_what_if(
+        &self,
+        request: Request<pb::QueryWhatIfRequest>,
+    ) -> Result<Response<pb::QueryWhatIfResponse>, Status> {
+        Ok(Response::new(self.answer_what_if(request.into_inner()).await?))
+    }
+
+    #[instrument(name = "list_artifacts", skip_all, err(level = "debug"))]
+    async fn list_artifacts(
+        &self,
+        request: Request<pb::ListArtifactsRequest>,
+    ) -> Result<Response<pb::ListArtifactsResponse>, Status> {
+        let artifacts = self.artifacts(&request.into_inner().id).await?;
+        Ok(Response::new(pb::ListArtifactsResponse { artifacts }))
+    }
+
+    type DownloadArtifactStream = ReceiverStream<Result<pb::DownloadArtifactResponse, Status>>;
+
+    #[instrument(name = "download_artifact", skip_all, err(level = "debug"))]
+    async fn download_artifact(
+        &self,
+        request: Request<pb::DownloadArtifactRequest>,
+    ) -> Result<Response<Self::DownloadArtifactStream>, Status> {
+        Ok(Response::new(self.download(request.into_inner()).await?))
     }
 }

@@ -1,0 +1,111 @@
+//! What a run's events so far amount to: from it a run goes on after the process that drove it has died.
+
+use crate::{
+    CheckpointRef, Decision, Generation, GuardAction, GuardVerdict, RunEvent, RunEventKind, RunState,
+};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// A fold over the events of a run.
+#[derive(Debug, Clone, Default)]
+pub struct History {
+    pub(crate) revision: u64,
+    pub(crate) state: Option<RunState>,
+    pub(crate) message: String,
+    /// By generation, from 1 on without a gap; one generation has one mask for ever.
+    pub(crate) decisions: Vec<Arc<Decision>>,
+    /// How many of the measurements of a label are done.
+    measured: BTreeMap<String, usize>,
+    pub(crate) dense_perplexity: Option<f64>,
+    pub(crate) restarts: u32,
+    /// Groups that were assigned.
+    pub(crate) starts: u64,
+    /// No more is pruned.
+    pub(crate) holds: bool,
+    /// Complete and still there, oldest first.
+    pub(crate) checkpoints: Vec<Kept>,
+}
+
+/// A complete checkpoint.
+#[derive(Debug, Clone)]
+pub(crate) struct Kept {
+    pub(crate) place: CheckpointRef,
+    pub(crate) with_logits: bool,
+    /// The first under its mask.
+    pub(crate) opens_generation: bool,
+}
+
+impl History {
+    /// Takes in the next event.
+    pub fn take_in(&mut self, event: &RunEvent) {
+        self.revision = event.revision;
+        match &event.kind {
+            RunEventKind::StateChange { state, message } => {
+                self.state = Some(*state);
+                self.message.clone_from(message);
+                if *state == RunState::Starting {
+                    self.starts += 1;
+                }
+            }
+            RunEventKind::Step(_) | RunEventKind::Export(_) => {}
+            RunEventKind::Decision(decision) => self.decisions.push(decision.clone()),
+            RunEventKind::Evaluation(evaluation) => {
+                *self.measured.entry(evaluation.label.clone()).or_default() += 1;
+                if evaluation.label == crate::measuring::DENSE {
+                    self.dense_perplexity.get_or_insert(evaluation.perplexity);
+                }
+            }
+            RunEventKind::Task(task) => *self.measured.entry(task.label.clone()).or_default() += 1,
+            RunEventKind::Checkpoint(checkpoint) => {
+                let place = checkpoint.place.clone();
+                let generation = place.generation;
+                let opens_generation =
+                    !self.checkpoints.iter().any(|kept| kept.place.generation == generation);
+                // A stretch that was repeated after a fault is checkpointed anew.
+                let is_open =
+                    |kept: &Kept| kept.place.steps_done == place.steps_done && kept.opens_generation;
+                let reopens = self.checkpoints.iter().any(is_open);
+                self.checkpoints.retain(|kept| kept.place.steps_done != place.steps_done);
+                self.checkpoints.push(Kept {
+                    place,
+                    with_logits: checkpoint.with_logits,
+                    opens_generation: opens_generation || reopens,
+                });
+            }
+            RunEventKind::Restart(restart) => self.restarts = restart.restarts,
+            RunEventKind::Guard(verdict) => self.judge(verdict),
+        }
+    }
+
+    fn judge(&mut self, verdict: &GuardVerdict) {
+        match verdict.action {
+            None => {}
+            Some(GuardAction::Hold) => self.holds = true,
+            Some(GuardAction::Revert) => {
+                self.holds = true;
+                self.checkpoints.retain(|kept| kept.place.generation < verdict.generation);
+            }
+        }
+    }
+
+    /// Measurements of a label that are done.
+    pub(crate) fn measured(&self, label: &str) -> usize {
+        self.measured.get(label).copied().unwrap_or(0)
+    }
+
+    /// The checkpoint to go on from.
+    pub(crate) fn last_checkpoint(&self) -> Option<&Kept> {
+        self.checkpoints.last()
+    }
+
+    /// The mask that was decided as `generation`, if it was.
+    pub(crate) fn decision(&self, generation: Generation) -> Option<&Arc<Decision>> {
+        self.decisions.iter().find(|decision| decision.generation == generation)
+    }
+
+    /// Revision of the last event.
+    #[must_use]
+    pub fn revision(&self) -> u64 {
+        self.revision
+    }
+}

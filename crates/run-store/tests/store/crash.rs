@@ -1,0 +1,118 @@
+//! Processes that die while they append.
+
+use crate::backends::Backend;
+use run_store::{NewRun, RunStore, StoreOptions, StoreUrl};
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+use std::time::{Duration, SystemTime};
+
+/// Set in the process that is to die: the store's URL.
+const STORE: &str = "ESPALIER_TEST_STORE";
+const LIMIT: &str = "ESPALIER_TEST_FILE_LIMIT";
+
+/// Appends for ever and prints each revision once it is acknowledged. A test of its own does nothing.
+#[tokio::test]
+async fn appends_until_killed() {
+    let Ok(url) = std::env::var(STORE) else { return };
+    let url: StoreUrl = url.parse().unwrap();
+    let store = RunStore::open(&url, StoreOptions::default()).await.unwrap();
+    let known = store.events("r", 0, u32::MAX).await.unwrap().len() as u64;
+    for revision in known + 1.. {
+        let payload = vec![revision.to_le_bytes().repeat(50)];
+        match store.append("r", revision, &payload, None, None).await {
+            Ok(()) => println!("acknowledged {revision}"),
+            Err(error) => {
+                println!("refused {revision}: {error}");
+                return;
+            }
+        }
+    }
+}
+
+async fn created(backend: &Backend) {
+    let store = backend.open().await;
+    let new = NewRun {
+        id: "r".into(),
+        request_id: None,
+        request_digest: Vec::new(),
+        create_time: SystemTime::now(),
+        record: Vec::new(),
+        events: vec![1_u64.to_le_bytes().repeat(50)],
+        decisions: Vec::new(),
+    };
+    store.create_run(&new).await.unwrap();
+    store.close().await;
+}
+
+/// This test's own program, as the process that appends.
+fn appender(backend: &Backend) -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", "crash::appends_until_killed", "--nocapture", "--test-threads=1"]);
+    command.env(STORE, backend.url.to_string()).stdout(Stdio::piped()).stderr(Stdio::null());
+    command
+}
+
+async fn check_events(backend: &Backend, acknowledged: u64) {
+    let store = backend.open().await;
+    let events = store.events("r", 0, u32::MAX).await.unwrap();
+    assert!(events.len() as u64 >= acknowledged, "{} of {acknowledged} are there", events.len());
+    for (place, event) in events.iter().enumerate() {
+        assert_eq!(event.revision, place as u64 + 1);
+        assert_eq!(event.payload, event.revision.to_le_bytes().repeat(50));
+    }
+    store.close().await;
+}
+
+async fn survives_kills(backend: Backend) {
+    created(&backend).await;
+    let mut acknowledged = 1;
+    for round in 1..=4 {
+        let mut process = appender(&backend).spawn().unwrap();
+        let lines = BufReader::new(process.stdout.take().unwrap()).lines();
+        for line in lines.map_while(Result::ok) {
+            if let Some((_, revision)) = line.split_once("acknowledged ") {
+                acknowledged = revision.parse().unwrap();
+            }
+            if acknowledged >= round * 40 {
+                process.kill().unwrap();
+                break;
+            }
+        }
+        process.wait().unwrap();
+        assert!(acknowledged >= round * 40, "it ended by itself after {acknowledged}");
+        check_events(&backend, acknowledged).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_sqlite_acknowledged_survives_a_kill() {
+    survives_kills(Backend::sqlite()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_postgres_acknowledged_survives_a_kill() {
+    survives_kills(Backend::postgres("survives_kills")).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_is_an_error_and_loses_nothing() {
+    let backend = Backend::sqlite();
+    created(&backend).await;
+    // No file may grow past 256 KiB.
+    let shell = appender(&backend);
+    let mut limited = Command::new("bash");
+    limited.args(["-c", "trap '' XFSZ; ulimit -f 256; exec \"$0\" \"$@\""]).arg(shell.get_program());
+    limited.args(shell.get_args()).env(STORE, backend.url.to_string()).env(LIMIT, "1");
+    let output = limited.output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(said.contains("refused"), "{said}");
+    let last = said.lines().filter_map(|line| line.split_once("acknowledged ")).next_back();
+    let acknowledged: u64 = last.map_or(1, |(_, revision)| revision.parse().unwrap());
+    assert!(acknowledged > 10, "{said}");
+    check_events(&backend, acknowledged).await;
+    // With room again it goes on.
+    let store =
+        RunStore::open(&backend.url, StoreOptions { deadline: Duration::from_secs(5) }).await.unwrap();
+    let next = store.events("r", 0, u32::MAX).await.unwrap().len() as u64 + 1;
+    store.append("r", next, &[vec![0]], None, None).await.unwrap();
+}
