@@ -2,9 +2,7 @@
 
 use model_spec::{Family, LayerSpec, ModelSpec, Projection, Rope, RopeScaling};
 use pruning::{KeepMask, ScoreAssembly, ScoreError, StepScores, random_importance};
-use pruning_run::{
-    Effect, Event, Generation, RankReport, Run, RunOptions, RunSetup, SetupError, WorkerId, transition,
-};
+use pruning_run::{Effect, Event, Generation, RankReport, Run, RunId, RunOptions, RunSetup, SetupError, WorkerId, transition};
 use recipe::{Budget, Pruning, Ramp, Recipe, Shape};
 use sharding::RankLayer;
 use std::sync::Arc;
@@ -83,10 +81,10 @@ pub fn before_the_decision(
 ) -> Result<(Run, [Event; 2]), SetupError> {
     let ramp = Ramp { warmup: 0.0, cooldown: 0.5, every: 1, ..Ramp::published() };
     let recipe = Recipe { steps: 4, pruning: Some(Pruning { ramp, ..half(shape) }), ..Recipe::default() };
-    let options = RunOptions { windows: 0, tasks: 0, exports: false, blame_grace: Duration::from_secs(5) };
+    let options = RunOptions { blame_grace: Duration::from_secs(5), ..RunOptions::default() };
     let setup = Arc::new(RunSetup::new(dense.clone(), recipe, tp_degree, options)?);
     let placement = setup.placement().clone();
-    let mut run = Run::new(setup, SystemTime::UNIX_EPOCH).0;
+    let mut run = Run::new(RunId("bench".into()), setup, None, SystemTime::UNIX_EPOCH).0;
     let mut end_step = 1;
     let workers = (0..tp_degree).map(|rank| WorkerId(format!("w{rank}"))).collect();
     let mut events = vec![Event::WorkersAssigned { workers }];
@@ -164,6 +162,7 @@ fn report(step: u64) -> RankReport {
         score_duration: Duration::from_millis(10),
         memory_bytes: 1 << 30,
         generation: Generation::default(),
+        skipped: String::new(),
     }
 }
 

@@ -34,7 +34,8 @@ pub use manifest::{
 };
 pub use mapped_file::MapFileError;
 pub use shard_file::{
-    OwnedTensor, ReadTensorsError, TensorFile, TensorRef, WriteTensorsError, read_tensors, write_tensors,
+    OwnedTensor, ReadTensorsError, TensorFile, TensorRef, WriteTensorsError, read_tensors,
+    read_tensors_metadata, write_tensors,
 };
 pub use staged_folder::StageError;
 pub use tensor_name::{

@@ -135,6 +135,16 @@ pub(crate) fn write_atomically<T>(
     Ok(result)
 }
 
+/// What a file of [`write_tensors`] says of itself, from its header alone.
+///
+/// # Errors
+/// When the file cannot be read or its header is damaged.
+pub fn read_tensors_metadata(path: &Path) -> Result<BTreeMap<String, String>, ReadTensorsError> {
+    let file = MappedFile::open(path)?;
+    let metadata = file.metadata.metadata().iter().flatten();
+    Ok(metadata.map(|(key, value)| (key.clone(), value.clone())).collect())
+}
+
 /// Reads a file of [`write_tensors`] whole, after checking it against `expected` if that is given.
 ///
 /// # Errors

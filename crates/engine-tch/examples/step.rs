@@ -133,8 +133,15 @@ fn main() -> Result<(), Box<dyn Error>> {
     let engine = TchEngine::new(options.device, options.threads, "worker".into());
     let spec = checkpoint::ModelFolder::open(&model)?.spec().clone();
     let started = Instant::now();
-    let setup =
-        ShardSetup { model, recipe, tp_rank: 0, tp_degree: 1, collective_timeout: Duration::from_secs(5) };
+    let setup = ShardSetup {
+        model,
+        recipe,
+        tp_rank: 0,
+        tp_degree: 1,
+        collective_timeout: Duration::from_secs(5),
+        restore: None,
+        progress: std::sync::Arc::default(),
+    };
     let mut shard = engine.load(setup)?;
     let load_seconds = started.elapsed().as_secs_f64();
     println!("load {load_seconds:.2} s, {:.0} MB resident", shard.memory_bytes() as f64 / 1e6);

@@ -6,7 +6,9 @@
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 #include <torch/version.h>
 
+#include <atomic>
 #include <cstdlib>
+#include <thread>
 
 static_assert(
     TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR == 11,
@@ -28,10 +30,23 @@ struct Store {
 struct Group {
   c10::intrusive_ptr<c10d::Store> store;
   c10::intrusive_ptr<c10d::Backend> backend;
+  // Set by another thread once nobody wants the outcome of a collective any more. The caller keeps it.
+  const std::atomic<bool>* gives_up;
 
-  static void finish(const c10::intrusive_ptr<c10d::Work>& work) {
-    if (!work->wait())
-      throw std::runtime_error("collective aborted");
+  // Looks at the flag now and then: a wait that was begun cannot be broken off otherwise.
+  void finish(const c10::intrusive_ptr<c10d::Work>& work) const {
+    for (;;) {
+      try {
+        if (!work->wait(milliseconds(100)))
+          throw std::runtime_error("collective aborted");
+        return;
+      } catch (...) {
+        if (work->isCompleted())
+          throw;
+      }
+      if (gives_up->load(std::memory_order_acquire))
+        throw std::runtime_error("given up while waiting for the other ranks");
+    }
   }
 };
 
@@ -58,13 +73,14 @@ void esp_store_free(Store* store) {
 
 // Joins a Gloo group whose ranks meet in `store`; `bind` is the address that this rank's sockets listen on.
 char* esp_gloo_new(
-    Store* store, const char* bind, int rank, int world, int64_t timeout_ms, Group** out) {
+    Store* store, const char* bind, int rank, int world, int64_t timeout_ms,
+    const std::atomic<bool>* gives_up, Group** out) {
   return guard([&] {
     auto prefixed = c10::make_intrusive<c10d::PrefixStore>("espalier", store->tcp);
     auto options = c10d::ProcessGroupGloo::Options::create(milliseconds(timeout_ms));
     options->devices.push_back(c10d::ProcessGroupGloo::createDeviceForHostname(bind));
     auto gloo = c10::make_intrusive<c10d::ProcessGroupGloo>(prefixed, rank, world, options);
-    *out = new Group{prefixed, gloo};
+    *out = new Group{prefixed, gloo, gives_up};
   });
 }
 
@@ -73,11 +89,17 @@ char* esp_all_reduce(Group* group, void* values, int op) {
     std::vector<at::Tensor> list{tensor(values)};
     c10d::AllreduceOptions options;
     options.reduceOp = static_cast<c10d::ReduceOp::RedOpType>(op);
-    Group::finish(group->backend->allreduce(list, options));
+    group->finish(group->backend->allreduce(list, options));
   });
 }
 
+// Ending a group waits for its collectives. Of one that was given up they end with their timeout, which nobody waits for.
 void esp_group_free(Group* group) {
-  delete group;
+  if (group->gives_up->load(std::memory_order_acquire)) {
+    group->gives_up = nullptr;
+    std::thread([group] { delete group; }).detach();
+  } else {
+    delete group;
+  }
 }
 }

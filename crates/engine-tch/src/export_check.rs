@@ -193,6 +193,7 @@ fn logits_of_folder(model: &Path, prompts: &[Vec<u32>], out: &Path) -> Result<()
         FrozenFormat::Dense(storage),
         Kind::Float,
         Device::Cpu,
+        &engine::Progress::default(),
     )?;
     let layout = FactorLayout::new(spec, held, 1);
     let factors = layout.zeros(Kind::Float, Device::Cpu)?;

@@ -2,6 +2,7 @@
 
 use crate::fault::Fault;
 use std::ffi::{CStr, c_char, c_int, c_void};
+use std::sync::atomic::AtomicBool;
 use tch::Tensor;
 
 #[repr(C)]
@@ -30,6 +31,7 @@ unsafe extern "C" {
         rank: c_int,
         world: c_int,
         timeout_ms: i64,
+        gives_up: *const AtomicBool,
         out: *mut *mut RawGroup,
     ) -> *mut c_char;
     pub(crate) fn esp_all_reduce(group: *mut RawGroup, values: *mut c_void, op: c_int) -> *mut c_char;

@@ -22,6 +22,7 @@ mod moved_columns;
 mod observed;
 mod ops;
 mod optimizer;
+mod restore;
 mod shard;
 mod shrink;
 mod source;

@@ -12,6 +12,7 @@ use crate::ops::{self, RotaryTable};
 use crate::source::Source;
 use crate::teacher::{Likeliest, SoftTargets};
 use engine::PhaseTimes;
+use engine::Progress;
 use model_spec::ModelSpec;
 use recipe::Recompute;
 use sharding::RankLayer;
@@ -85,6 +86,7 @@ impl Model {
         storage: FrozenFormat,
         compute: Kind,
         device: Device,
+        progress: &Progress,
     ) -> Result<Self> {
         let spec: &ModelSpec = source.spec();
         let vocabulary_kind = storage.of_vocabulary(compute);
@@ -94,6 +96,7 @@ impl Model {
             .map(|(layer, held)| {
                 let loaded = source.layer(layer, held, storage, compute, device);
                 source.release_pages();
+                progress.tick();
                 loaded
             })
             .collect::<Result<_>>()?;

@@ -1,6 +1,6 @@
 //! One rank's shard: the optimizer step, evaluation and checkpoints, over the pieces of the other modules.
 
-use crate::communicator::{Alone, Communicator, Gloo, Meeting, Nccl, ReduceOp, Store, unique_id};
+use crate::communicator::{Alone, Communicator, Gloo, Meeting, Nccl, ReduceOp, Store, Watched, unique_id};
 use crate::device;
 use crate::dropout::Dropout;
 use crate::export;
@@ -12,18 +12,21 @@ use crate::memory;
 use crate::model::{Adapters, Model, Training};
 use crate::observed::Observed;
 use crate::optimizer::Moments;
+use crate::restore::Restored;
 use crate::source::{Source, compute_kind};
 use crate::state_file;
 use crate::teacher::Teacher;
 use engine::{
-    CollectiveBackend, Engine, EngineError, ExportJob, ExportWritten, MaskApplied, NllSum, PhaseTimes,
-    ProjectionScores, Prompt, Rendezvous, ShardEngine, ShardSetup, StepOutcome,
+    CollectiveBackend, Engine, EngineError, ExportJob, ExportWritten, MOST_SKIPPED, MaskApplied, NllSum,
+    PhaseTimes, ProjectionScores, Prompt, Rendezvous, ShardEngine, ShardSetup, Snapshot, StepOutcome,
 };
 use model_spec::{ModelSpec, Projection};
 use pruning::KeepMask;
 use recipe::{Compute, Criterion, Optimizer};
 use sharding::{Placement, vocabulary_rows};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use tch::{Device, Kind, Tensor};
 
@@ -102,6 +105,8 @@ pub(crate) struct Shard {
     pub(crate) live: Vec<LiveGroups>,
     /// Empty without distillation.
     pub(crate) teacher: Teacher,
+    /// Steps skipped in a row.
+    pub(crate) skipped: u32,
     pub(crate) communicator: Box<dyn Communicator>,
     pub(crate) device: Device,
     rendezvous: Option<Store>,
@@ -130,8 +135,14 @@ impl Shard {
         if let Some(violation) = setup.recipe.violations_on(spec.vocab_size).first() {
             return Err(Fault::Refused(violation.to_string()));
         }
-        let placement =
-            Placement::dense(spec, setup.tp_degree).map_err(|error| Fault::Refused(error.to_string()))?;
+        let restored =
+            setup.restore.as_ref().map(|restore| Restored::read(restore, &setup, spec)).transpose()?;
+        let placement = match &restored {
+            Some(restored) => restored.placement.clone(),
+            None => {
+                Placement::dense(spec, setup.tp_degree).map_err(|error| Fault::Refused(error.to_string()))?
+            }
+        };
         let Some(held) = placement.ranks.get(setup.tp_rank) else {
             return Err(Fault::Refused(format!(
                 "tensor-parallel rank {} is not below the degree {}",
@@ -140,14 +151,14 @@ impl Shard {
         };
         let (storage, compute) = (FrozenFormat::of(precision.storage), compute_kind(precision.compute));
         let vocabulary = vocabulary_rows(spec.vocab_size, setup.tp_degree, setup.tp_rank);
-        let model = Model::load(&source, held, vocabulary, storage, compute, device)?;
+        let model = Model::load(&source, held, vocabulary, storage, compute, device, &setup.progress)?;
         source.release_pages();
         let layout = FactorLayout::new(spec, held, setup.recipe.lora.rank);
         let master = if compute == Kind::Double { Kind::Double } else { Kind::Float };
         let factors = layout.fresh(spec, held, setup.recipe.seed, master, device)?;
         let live = held.iter().map(|_| LiveGroups::default()).collect();
         let keep_mask = KeepMask::full(spec);
-        Ok(Self {
+        let mut shard = Self {
             moments: Moments::zeros_like(&factors)?,
             gradients: factors.f_zeros_like()?,
             observed: None,
@@ -160,14 +171,19 @@ impl Shard {
             factors,
             live,
             teacher: Teacher::default(),
-            communicator: Box::new(Alone),
+            skipped: 0,
+            communicator: Box::new(Watched::new(Box::new(Alone), setup.progress.clone())),
             device,
             rendezvous: None,
             fixed_backend: None,
             chosen_backend: default_backend(device),
             setup,
             _no_grad: no_grad,
-        })
+        };
+        if let Some(restored) = restored {
+            restored.put_into(&mut shard)?;
+        }
+        Ok(shard)
     }
 
     pub(crate) fn held(&self) -> &[sharding::RankLayer] {
@@ -224,14 +240,17 @@ impl Shard {
         }
         drop(factors);
         let loss = total / predictions as f64;
+        // Both numbers are the same on all ranks, so all skip the step or none does.
         if !loss.is_finite() {
-            return Err(Fault::NotFinite { what: "loss".into(), step, value: loss });
+            let fault = Fault::NotFinite { what: "loss".into(), step, value: loss };
+            return self.skip(step, loss, f64::NAN, fault, times);
         }
         let passed = Instant::now();
         self.communicator.all_reduce_sum(&mut self.layout.replicated(&self.gradients)?)?;
         let grad_norm = self.gradient_norm()?;
         if !grad_norm.is_finite() {
-            return Err(self.name_bad_gradient(step, grad_norm)?);
+            let fault = self.name_bad_gradient(step, grad_norm)?;
+            return self.skip(step, loss, grad_norm, fault, times);
         }
         if let Some(max_norm) = recipe.max_grad_norm {
             let _ = self.gradients.f_mul_scalar_((max_norm / (grad_norm + 1e-6)).min(1.0))?;
@@ -246,7 +265,40 @@ impl Shard {
         let Optimizer::AdamW(adamw) = &recipe.optimizer;
         self.moments.adamw_step(&mut self.factors, &self.gradients, learning_rate, adamw)?;
         times.optimizer = passed.elapsed().saturating_sub(score_time);
-        Ok(StepOutcome { loss, grad_norm, learning_rate, scores, score_time, phase_times: times })
+        self.skipped = 0;
+        Ok(StepOutcome {
+            loss,
+            grad_norm,
+            learning_rate,
+            scores,
+            skipped: None,
+            score_time,
+            phase_times: times,
+        })
+    }
+
+    /// Ends a step that cannot be taken, unless too many before it could not be either.
+    fn skip(
+        &mut self,
+        step: u64,
+        loss: f64,
+        grad_norm: f64,
+        fault: Fault,
+        phase_times: PhaseTimes,
+    ) -> Result<StepOutcome> {
+        if self.skipped >= MOST_SKIPPED {
+            return Err(fault);
+        }
+        self.skipped += 1;
+        Ok(StepOutcome {
+            loss,
+            grad_norm,
+            learning_rate: self.setup.recipe.learning_rate_at(step),
+            scores: Vec::new(),
+            skipped: Some(EngineError::from(fault).to_string()),
+            score_time: Duration::ZERO,
+            phase_times,
+        })
     }
 
     /// Global L2 norm: split factors add up over ranks, replicated ones count once.
@@ -415,14 +467,21 @@ impl Shard {
         }
         let timeout = self.setup.collective_timeout;
         let served = self.rendezvous.take();
-        self.communicator = match (Meeting::parse(&rendezvous.0)?, served) {
-            (Meeting::Gloo { .. }, Some(store)) => Box::new(Gloo::join(store, host, rank, degree, timeout)?),
+        let progress = self.setup.progress.clone();
+        let gives_up = Arc::new(AtomicBool::new(false));
+        let flag = gives_up.clone();
+        progress.on_give_up(move || flag.store(true, Ordering::Release));
+        let joined: Box<dyn Communicator> = match (Meeting::parse(&rendezvous.0)?, served) {
+            (Meeting::Gloo { .. }, Some(store)) => {
+                Box::new(Gloo::join(store, host, rank, degree, timeout, gives_up)?)
+            }
             (Meeting::Gloo { host: address, port }, None) => {
                 let store = Store::connect(&address, port, timeout)?;
-                Box::new(Gloo::join(store, host, rank, degree, timeout)?)
+                Box::new(Gloo::join(store, host, rank, degree, timeout, gives_up)?)
             }
             (Meeting::Nccl(id), _) => Box::new(Nccl::join(&id, self.device, rank, degree, timeout)?),
         };
+        self.communicator = Box::new(Watched::new(joined, progress));
         Ok(())
     }
 }
@@ -526,8 +585,8 @@ impl ShardEngine for Shard {
         Ok(self.judge(prompts)?)
     }
 
-    fn checkpoint(&mut self, file: &Path, prompts: &[Vec<u32>]) -> std::result::Result<String, EngineError> {
-        Ok(state_file::write(self, file, prompts)?)
+    fn snapshot(&mut self, prompts: &[Vec<u32>]) -> std::result::Result<Box<dyn Snapshot>, EngineError> {
+        Ok(Box::new(state_file::State::of(self, prompts)?))
     }
 
     fn memory_bytes(&self) -> u64 {

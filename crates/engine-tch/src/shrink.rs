@@ -57,6 +57,12 @@ impl Shard {
         Ok(MaskApplied { received_groups })
     }
 
+    /// Puts the mask in force into force once more, on a shard that was loaded whole.
+    pub(crate) fn mask_again(&mut self) -> Result<()> {
+        let keep_mask = self.keep_mask.clone();
+        self.mask_only(&keep_mask)
+    }
+
     /// Nothing is sliced: removed features are multiplied by zero from now on.
     fn mask_only(&mut self, keep_mask: &KeepMask) -> Result<()> {
         let compute = compute_kind(self.setup.recipe.precision.compute);

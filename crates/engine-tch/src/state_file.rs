@@ -1,5 +1,5 @@
-//! A rank's part of a checkpoint: LoRA factors, moments, o and down where compensation changes them, what it holds, and its part of the logits that an export is
-//! checked against.
+//! A rank's part of a checkpoint: LoRA factors, moments, o and down where compensation changes them, what the unpruned
+//! model has taught, what the rank holds, and its part of the logits that an export is checked against.
 
 use crate::compensation::as_stored;
 use crate::factors::Factor;
@@ -8,6 +8,7 @@ use crate::layer::Narrowing;
 use crate::shard::Shard;
 use crate::source::kind_of;
 use checkpoint::{Dtype, Sha256Digest, TensorFile, TensorRef};
+use engine::{EngineError, Snapshot};
 use model_spec::Projection;
 use recipe::Compensation;
 use sharding::RankLayer;
@@ -16,7 +17,7 @@ use std::path::Path;
 use tch::{Device, Tensor};
 
 /// Raised when a name or a meaning changes.
-const FORMAT: &str = "1";
+const FORMAT: &str = "2";
 pub(crate) const PROBE_LOGITS: &str = "probe.logits";
 
 /// Name of a factor or moment: `lora.layers.3.q_proj.lora_a`.
@@ -29,8 +30,38 @@ pub(crate) fn base_name(layer: usize, projection: Projection) -> String {
     format!("base.layers.{layer}.{projection}")
 }
 
-/// Writes `file` and returns its SHA-256 in hex.
-pub(crate) fn write(shard: &mut Shard, file: &Path, prompts: &[Vec<u32>]) -> Result<String> {
+/// A rank's state in host memory.
+pub(crate) struct State {
+    /// Name, shape, format and row-major bytes.
+    tensors: Vec<(String, Vec<usize>, Dtype, Vec<u8>)>,
+    metadata: BTreeMap<String, String>,
+}
+
+impl Snapshot for State {
+    fn size_bytes(&self) -> u64 {
+        self.tensors.iter().map(|(_, _, _, bytes)| bytes.len() as u64).sum()
+    }
+
+    fn write(self: Box<Self>, file: &Path) -> std::result::Result<String, EngineError> {
+        let refs: Vec<TensorRef> = self
+            .tensors
+            .iter()
+            .map(|(name, shape, dtype, bytes)| TensorRef { name, dtype: *dtype, shape, bytes })
+            .collect();
+        let digest = checkpoint::write_tensors(file, &refs, &self.metadata)
+            .map_err(|error| Fault::File(chain(&error)))?;
+        Ok(digest.to_string())
+    }
+}
+
+impl State {
+    /// The state that `shard` is in now, with its logits on `prompts`.
+    pub(crate) fn of(shard: &mut Shard, prompts: &[Vec<u32>]) -> Result<Self> {
+        taken(shard, prompts)
+    }
+}
+
+fn taken(shard: &mut Shard, prompts: &[Vec<u32>]) -> Result<State> {
     let mut tensors: Vec<(String, Vec<usize>, Dtype, Vec<u8>)> = Vec::new();
     let flats = [
         ("lora", &shard.factors),
@@ -60,6 +91,10 @@ pub(crate) fn write(shard: &mut Shard, file: &Path, prompts: &[Vec<u32>]) -> Res
         // The model's folder has them.
         Some(Compensation::None) | None => {}
     }
+    for (name, tensor) in shard.teacher.tensors()? {
+        let (shape, dtype, bytes) = to_bytes(&tensor)?;
+        tensors.push((name.to_owned(), shape, dtype, bytes));
+    }
     if !prompts.is_empty() {
         let (shape, dtype, bytes) = to_bytes(&shard.prompt_logits(prompts)?)?;
         tensors.push((PROBE_LOGITS.into(), shape, dtype, bytes));
@@ -78,16 +113,11 @@ pub(crate) fn write(shard: &mut Shard, file: &Path, prompts: &[Vec<u32>]) -> Res
         ("espalier.tp_degree".into(), shard.setup.tp_degree.to_string()),
         ("espalier.generation".into(), shard.generation.to_string()),
         ("espalier.updates".into(), shard.moments.updates.to_string()),
+        ("espalier.skipped".into(), shard.skipped.to_string()),
         ("espalier.held".into(), json(serde_json::to_string(&held))?),
         ("espalier.prompts".into(), json(serde_json::to_string(prompts))?),
     ]);
-    let refs: Vec<TensorRef> = tensors
-        .iter()
-        .map(|(name, shape, dtype, bytes)| TensorRef { name, dtype: *dtype, shape, bytes })
-        .collect();
-    let digest =
-        checkpoint::write_tensors(file, &refs, &metadata).map_err(|error| Fault::File(chain(&error)))?;
-    Ok(digest.to_string())
+    Ok(State { tensors, metadata })
 }
 
 /// A rank's part of a checkpoint, read back.
@@ -95,6 +125,12 @@ pub(crate) struct RankState {
     file: TensorFile,
     pub(crate) held: Vec<RankLayer>,
     pub(crate) prompts: Vec<Vec<u32>>,
+    /// Mask in force.
+    pub(crate) generation: u64,
+    /// Updates that the optimizer has taken.
+    pub(crate) updates: u64,
+    /// Steps skipped in a row.
+    pub(crate) skipped: u32,
 }
 
 impl RankState {
@@ -123,13 +159,25 @@ impl RankState {
         }
         let broken =
             |error: serde_json::Error| Fault::File(format!("`{}`: broken metadata: {error}", path.display()));
-        let held: Vec<[Vec<usize>; 3]> = serde_json::from_str(&field("espalier.held")?).map_err(broken)?;
+        let held = held_of(&field("espalier.held")?).map_err(broken)?;
+        let generation = serde_json::from_str(&field("espalier.generation")?).map_err(broken)?;
+        let updates = serde_json::from_str(&field("espalier.updates")?).map_err(broken)?;
+        let skipped = serde_json::from_str(&field("espalier.skipped")?).map_err(broken)?;
         let prompts = serde_json::from_str(&field("espalier.prompts")?).map_err(broken)?;
-        let held = held
-            .into_iter()
-            .map(|[query_heads, kv_heads, channels]| RankLayer { query_heads, kv_heads, channels })
-            .collect();
-        Ok(Self { file, held, prompts })
+        Ok(Self { file, held, prompts, generation, updates, skipped })
+    }
+
+    /// What another rank held, from the header of its file alone.
+    pub(crate) fn held_by(path: &Path) -> Result<Vec<RankLayer>> {
+        let metadata = checkpoint::read_tensors_metadata(path).map_err(|error| Fault::File(chain(&error)))?;
+        let text = metadata.get("espalier.held").ok_or_else(|| {
+            Fault::File(format!("`{}` has no metadata `espalier.held`; it is no checkpoint", path.display()))
+        })?;
+        held_of(text).map_err(|error| Fault::File(format!("`{}`: broken metadata: {error}", path.display())))
+    }
+
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.file.tensors.contains_key(name)
     }
 
     /// A tensor by name, on the CPU, as it was written.
@@ -142,6 +190,13 @@ impl RankState {
         let shape: Vec<i64> = tensor.shape.iter().map(|size| *size as i64).collect();
         Ok(Tensor::f_from_data_size(&tensor.bytes, &shape, kind_of(tensor.dtype))?)
     }
+}
+
+fn held_of(text: &str) -> serde_json::Result<Vec<RankLayer>> {
+    let held: Vec<[Vec<usize>; 3]> = serde_json::from_str(text)?;
+    let layer =
+        |[query_heads, kv_heads, channels]: [Vec<usize>; 3]| RankLayer { query_heads, kv_heads, channels };
+    Ok(held.into_iter().map(layer).collect())
 }
 
 /// Shape, format and row-major bytes of a tensor.

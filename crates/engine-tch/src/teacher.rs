@@ -8,7 +8,8 @@
 use crate::communicator::Communicator;
 use crate::fault::{Fault, Result};
 use crate::loss::VocabularyHead;
-use std::collections::{HashMap, HashSet};
+use crate::state_file::RankState;
+use std::collections::{BTreeMap, HashSet};
 use tch::{Device, Kind, Tensor};
 
 /// The bits of a double below those of a single.
@@ -35,10 +36,66 @@ pub(crate) struct SoftTargets {
 /// What the unpruned model says at every predicted position of the windows that it has read.
 #[derive(Default)]
 pub(crate) struct Teacher {
-    windows: HashMap<Box<[u32]>, Likeliest>,
+    windows: BTreeMap<Box<[u32]>, Likeliest>,
 }
 
+/// Names of [`Teacher::tensors`].
+const LENGTHS: &str = "teacher.lengths";
+const TOKENS: &str = "teacher.tokens";
+const IDS: &str = "teacher.ids";
+const PROBABILITIES: &str = "teacher.probabilities";
+
 impl Teacher {
+    /// All that was read, for a checkpoint; nothing when nothing was. Whole numbers are in double precision, which holds
+    /// them exactly.
+    pub(crate) fn tensors(&self) -> Result<Vec<(&'static str, Tensor)>> {
+        if self.windows.is_empty() {
+            return Ok(Vec::new());
+        }
+        let lengths: Vec<f64> = self.windows.keys().map(|window| window.len() as f64).collect();
+        let tokens: Vec<f64> =
+            self.windows.keys().flat_map(|window| window.iter().map(|id| f64::from(*id))).collect();
+        let joined = |part: fn(&Likeliest) -> &Tensor| {
+            Tensor::f_cat(&self.windows.values().map(part).collect::<Vec<_>>(), 0)
+        };
+        Ok(vec![
+            (LENGTHS, Tensor::f_from_slice(&lengths)?),
+            (TOKENS, Tensor::f_from_slice(&tokens)?),
+            (IDS, joined(|one| &one.ids)?.f_to_kind(Kind::Double)?),
+            (PROBABILITIES, joined(|one| &one.probabilities)?),
+        ])
+    }
+
+    /// What [`Teacher::tensors`] gave, from a checkpoint.
+    pub(crate) fn restored(state: &RankState) -> Result<Self> {
+        let mut teacher = Self::default();
+        if !state.has(LENGTHS) {
+            return Ok(teacher);
+        }
+        let broken =
+            || Fault::File("the checkpoint's tensors of the unpruned model do not fit together".into());
+        let numbers = |name: &str| -> Result<Vec<f64>> {
+            Ok(Vec::<f64>::try_from(state.tensor(name)?.f_view([-1i64])?).map_err(|_| broken())?)
+        };
+        let (lengths, tokens) = (numbers(LENGTHS)?, numbers(TOKENS)?);
+        let (ids, probabilities) = (state.tensor(IDS)?.f_to_kind(Kind::Int)?, state.tensor(PROBABILITIES)?);
+        let (mut first_token, mut first_position) = (0_usize, 0_i64);
+        for length in lengths {
+            let length = length as usize;
+            let window = tokens.get(first_token..first_token + length).ok_or_else(broken)?;
+            let window: Vec<u32> = window.iter().map(|id| *id as u32).collect();
+            let positions = length.saturating_sub(1) as i64;
+            let part = |of: &Tensor| -> Result<Tensor> {
+                Ok(of.f_narrow(0, first_position, positions)?.f_contiguous()?.f_detach_copy()?)
+            };
+            let likeliest = Likeliest { ids: part(&ids)?, probabilities: part(&probabilities)? };
+            teacher.windows.insert(window.into(), likeliest);
+            first_token += length;
+            first_position += positions;
+        }
+        Ok(teacher)
+    }
+
     /// Those of `rows` that were not read yet, each once.
     pub(crate) fn unread<'a>(&self, rows: &[&'a [u32]]) -> Vec<&'a [u32]> {
         let mut seen = HashSet::new();

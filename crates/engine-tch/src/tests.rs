@@ -11,3 +11,4 @@ mod on_cuda;
 mod pieces;
 mod products;
 mod quantised;
+mod resume;

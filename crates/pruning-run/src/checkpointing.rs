@@ -6,6 +6,9 @@ use crate::transition::Transition;
 use crate::{Checkpoint, CheckpointRef, Effect, Generation, RunEventKind, SavedState, ShardFile};
 use std::sync::Arc;
 
+/// Before the first step there is nothing to save.
+const START: Taken = Taken { steps_done: 0, generation: Generation(0) };
+
 impl Transition<'_> {
     fn here(&self) -> Taken {
         Taken { steps_done: self.run.next_step, generation: self.run.generation }
@@ -13,8 +16,7 @@ impl Transition<'_> {
 
     /// Whether this group has done something that no checkpoint holds.
     pub(crate) fn is_unsaved(&self) -> bool {
-        let start = Taken { steps_done: 0, generation: Generation(0) };
-        self.run.taken.unwrap_or(start) != self.here()
+        self.run.taken.unwrap_or(START) != self.here()
     }
 
     /// Whether to take one now. While one is on its way another is not begun, unless it would be the last.
@@ -28,9 +30,10 @@ impl Transition<'_> {
         if !self.is_unsaved() && !lacks_logits {
             return false;
         }
-        let taken = self.run.taken.map_or(0, |taken| taken.steps_done);
-        let decided = self.run.taken.map_or(Generation(0), |taken| taken.generation) != self.run.generation;
-        let old = self.run.next_step.saturating_sub(taken) >= options.checkpoint_every.max(1);
+        // One that was not written is tried again when the next is due, so that a full store does not slow training.
+        let tried = self.run.tried.unwrap_or(START);
+        let decided = tried.generation != self.run.generation;
+        let old = self.run.next_step.saturating_sub(tried.steps_done) >= options.checkpoint_every.max(1);
         done || ((decided || old) && self.run.writing.is_none())
     }
 
@@ -45,7 +48,11 @@ impl Transition<'_> {
             return;
         }
         let with_logits = done;
-        let name = format!("{:08}-{}", self.run.next_step, self.run.history.starts);
+        // A group tries the same place again only after a failure.
+        let name = match (self.run.next_step, self.run.history.starts, self.run.failed_checkpoints_in_a_row) {
+            (steps, start, 0) => format!("{steps:08}-{start}"),
+            (steps, start, failures) => format!("{steps:08}-{start}-{failures}"),
+        };
         let tp_degree = self.run.tp_degree();
         let state = SavedState {
             steps_done: self.run.next_step,
@@ -63,28 +70,37 @@ impl Transition<'_> {
             shards: Gather::new(tp_degree),
             committing: false,
         });
-        self.run.phase = Phase::Snapshotting { taken: Gather::new(tp_degree) };
+        self.run.tried = Some(self.here());
+        self.run.phase = Phase::Snapshotting { name: name.clone(), taken: Gather::new(tp_degree) };
         self.effects.push(Effect::Checkpoint { name, with_logits });
     }
 
-    pub(crate) fn snapshotted(&mut self, tp_rank: usize) {
+    pub(crate) fn snapshotted(&mut self, tp_rank: usize, of: &str) {
         if !self.is_rank("a snapshot", tp_rank) {
             return;
         }
-        let Phase::Snapshotting { taken } = &mut self.run.phase else {
+        let Phase::Snapshotting { name, taken } = &mut self.run.phase else {
             return self.refuse("a snapshot", tp_rank);
         };
+        if name != of {
+            return self.refuse("a snapshot", tp_rank);
+        }
         if taken.put(tp_rank, ()).is_some() {
-            self.run.taken = Some(self.here());
+            // It may have failed on one rank before the others had taken theirs.
+            if self.run.writing.as_ref().is_some_and(|writing| writing.name == of) {
+                self.run.taken = Some(self.here());
+            }
             self.go_on();
         }
     }
 
-    pub(crate) fn checkpointed(&mut self, tp_rank: usize, shard: ShardFile) {
+    pub(crate) fn checkpointed(&mut self, tp_rank: usize, name: &str, shard: ShardFile) {
         if !self.is_rank("a checkpoint", tp_rank) {
             return;
         }
-        let Some(writing) = &mut self.run.writing else { return self.refuse("a checkpoint", tp_rank) };
+        let Some(writing) = self.run.writing.as_mut().filter(|writing| writing.name == name) else {
+            return self.refuse("a checkpoint", tp_rank);
+        };
         let Some(shards) = writing.shards.put(tp_rank, shard) else { return };
         writing.committing = true;
         writing.state.shards = shards;
@@ -112,7 +128,13 @@ impl Transition<'_> {
         let duration = self.now.duration_since(writing.since).unwrap_or_default();
         self.record(RunEventKind::Checkpoint(Checkpoint { place, size_bytes, duration, with_logits }));
         self.run.forget_checkpoints();
-        let kept = self.run.checkpoints();
+        let mut kept = self.run.checkpoints();
+        // One that a group is reading stays while it does.
+        if let Phase::Restoring { from } | Phase::Loading { restores: Some(from), .. } = &self.run.phase
+            && !kept.contains(from)
+        {
+            kept.insert(0, from.clone());
+        }
         self.effects.push(Effect::Retain(kept));
         if let Phase::AwaitingCheckpoint = self.run.phase {
             self.go_on();

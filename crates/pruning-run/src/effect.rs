@@ -12,7 +12,7 @@ pub enum Effect {
     KeepImportance { generation: Generation, importance: Arc<MovingAverage> },
     /// Wait in the queue for `workers` of them; `at_least` so many will do when no more come.
     Enqueue { workers: usize, at_least: usize },
-    /// Leave the queue.
+    /// Leave the queue. A group that was taken meanwhile, but of which the run has not heard, is given back.
     LeaveQueue,
     /// Read a checkpoint back. Answered by `Restored` or `RestoreFailed`.
     Restore(CheckpointRef),
@@ -35,8 +35,8 @@ pub enum Effect {
     Commit { name: String, state: Arc<SavedState> },
     /// All checkpoints of this run but these may go.
     Retain(Vec<CheckpointRef>),
-    /// End the sessions of all ranks and drop every call in flight. Answered by `SessionsAborted` unless the run has
-    /// ended.
+    /// End the sessions of all ranks and drop every call in flight, but let a `Commit` end. Answered by
+    /// `SessionsAborted` unless the run has ended.
     AbortSessions,
     /// Give back all workers.
     ReleaseWorkers,

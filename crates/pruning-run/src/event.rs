@@ -47,10 +47,10 @@ pub enum Event {
     },
     /// A rank has measured a task.
     TaskEvaluated { tp_rank: usize, task_index: usize, score: TaskScore, duration: Duration },
-    /// A rank has copied its state aside and can go on.
-    Snapshotted { tp_rank: usize },
-    /// A rank has written its copy.
-    Checkpointed { tp_rank: usize, shard: ShardFile },
+    /// A rank has copied its state aside for checkpoint `name` and can go on.
+    Snapshotted { tp_rank: usize, name: String },
+    /// A rank has written its copy for checkpoint `name`.
+    Checkpointed { tp_rank: usize, name: String, shard: ShardFile },
     /// A rank could not write its copy, or the coordinator its own part: checkpoint `name` will never be.
     CheckpointFailed { name: String, cause: String },
     /// All files of checkpoint `name` are in the store, the manifest last.

@@ -20,8 +20,12 @@ pub struct History {
     pub(crate) restarts: u32,
     /// Groups that were assigned.
     pub(crate) starts: u64,
-    /// No more is pruned.
-    pub(crate) holds: bool,
+    /// Exports that were begun.
+    pub(crate) exports: u64,
+    /// The last mask that is ever put into force, once pruning is held.
+    pub(crate) held_at: Option<Generation>,
+    /// The step after the last that was reported since the run last went back.
+    pub(crate) next_step: u64,
     /// Complete and still there, oldest first.
     pub(crate) checkpoints: Vec<Kept>,
 }
@@ -43,11 +47,11 @@ impl History {
             RunEventKind::StateChange { state, message } => {
                 self.state = Some(*state);
                 self.message.clone_from(message);
-                if *state == RunState::Starting {
-                    self.starts += 1;
-                }
+                self.starts += u64::from(*state == RunState::Starting);
+                self.exports += u64::from(*state == RunState::Exporting);
             }
-            RunEventKind::Step(_) | RunEventKind::Export(_) => {}
+            RunEventKind::Step(report) => self.next_step = report.step + 1,
+            RunEventKind::Export(_) => {}
             RunEventKind::Decision(decision) => self.decisions.push(decision.clone()),
             RunEventKind::Evaluation(evaluation) => {
                 *self.measured.entry(evaluation.label.clone()).or_default() += 1;
@@ -72,7 +76,12 @@ impl History {
                     opens_generation: opens_generation || reopens,
                 });
             }
-            RunEventKind::Restart(restart) => self.restarts = restart.restarts,
+            RunEventKind::Restart(restart) => {
+                self.restarts = restart.restarts;
+                self.next_step = restart.next_step;
+                // The run goes on from its last checkpoint that can be read: one of a later place cannot.
+                self.checkpoints.retain(|kept| kept.place.steps_done <= restart.next_step);
+            }
             RunEventKind::Guard(verdict) => self.judge(verdict),
         }
     }
@@ -80,12 +89,17 @@ impl History {
     fn judge(&mut self, verdict: &GuardVerdict) {
         match verdict.action {
             None => {}
-            Some(GuardAction::Hold) => self.holds = true,
+            Some(GuardAction::Hold) => self.hold(verdict.generation),
             Some(GuardAction::Revert) => {
-                self.holds = true;
+                self.hold(Generation(verdict.generation.0.saturating_sub(1)));
                 self.checkpoints.retain(|kept| kept.place.generation < verdict.generation);
             }
         }
+    }
+
+    /// No mask after `generation` is put into force any more.
+    pub(crate) fn hold(&mut self, generation: Generation) {
+        self.held_at = Some(self.held_at.map_or(generation, |held| held.min(generation)));
     }
 
     /// Measurements of a label that are done.

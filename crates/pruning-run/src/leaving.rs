@@ -12,17 +12,40 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 impl Transition<'_> {
     // --- wishes ---
 
-    /// Notes what someone wants; it happens as soon as there is a checkpoint. The end outranks a pause, and a pause a
-    /// new start.
+    /// Notes what someone wants; it happens as soon as there is a checkpoint. The end outranks a pause, a pause a rest,
+    /// and a rest a new start.
     pub(crate) fn wish(&mut self, wish: Wish) {
         let rank = |wish: &Wish| match wish {
-            Wish::Cancel { .. } => 2,
-            Wish::Pause { .. } => 1,
-            Wish::Yield { .. } => 0,
+            Wish::Cancel { .. } => 3,
+            Wish::Pause { .. } => 2,
+            Wish::Yield { requeue: false, .. } => 1,
+            Wish::Yield { requeue: true, .. } => 0,
         };
-        if self.run.wish.as_ref().is_some_and(|earlier| rank(earlier) > rank(&wish)) {
+        let on_its_way = match &self.run.phase {
+            Phase::Leaving { next: Next::Wish(wish) } => Some(wish),
+            Phase::Leaving { next: Next::Recover | Next::Revert }
+            | Phase::Queued { .. }
+            | Phase::Restoring { .. }
+            | Phase::Loading { .. }
+            | Phase::OpeningRendezvous
+            | Phase::Joining { .. }
+            | Phase::Evaluating { .. }
+            | Phase::Training(_)
+            | Phase::ApplyingMask { .. }
+            | Phase::Snapshotting { .. }
+            | Phase::AwaitingCheckpoint
+            | Phase::FreeingMemory
+            | Phase::Exporting
+            | Phase::BackingOff { .. }
+            | Phase::Paused
+            | Phase::Resting
+            | Phase::Ended => None,
+        };
+        if self.run.wish.iter().chain(on_its_way).any(|earlier| rank(earlier) > rank(&wish)) {
             return;
         }
+        // It takes the place of an earlier one.
+        self.run.wish = None;
         match &self.run.phase {
             // A pause would only lose what is nearly done; the end is granted at once.
             Phase::Exporting | Phase::FreeingMemory => match wish {
@@ -30,13 +53,26 @@ impl Transition<'_> {
                 Wish::Pause { .. } => self.refuse("a pause", 0),
                 Wish::Yield { .. } => self.abandon(Next::Wish(wish)),
             },
-            Phase::Queued { .. } | Phase::BackingOff { .. } => {
-                self.effects.push(Effect::LeaveQueue);
-                self.grant(wish);
-            }
-            Phase::Paused | Phase::Resting => match &wish {
+            Phase::Queued { .. } | Phase::BackingOff { .. } => match &wish {
+                // It holds no worker and keeps its place.
+                Wish::Yield { requeue: true, .. } => {}
+                // The end leaves the queue by itself.
+                Wish::Cancel { .. } => self.grant(wish),
+                Wish::Pause { .. } | Wish::Yield { requeue: false, .. } => {
+                    if let Phase::Queued { .. } = self.run.phase {
+                        self.effects.push(Effect::LeaveQueue);
+                    }
+                    self.grant(wish);
+                }
+            },
+            Phase::Paused => match &wish {
                 Wish::Cancel { .. } => self.grant(wish),
                 Wish::Pause { .. } | Wish::Yield { .. } => {}
+            },
+            // What is asked of a run at rest holds at the coordinator's next start.
+            Phase::Resting => match &wish {
+                Wish::Cancel { .. } | Wish::Pause { .. } => self.grant(wish),
+                Wish::Yield { .. } => {}
             },
             Phase::Leaving { .. } => self.run.wish = Some(wish),
             Phase::Restoring { .. }
@@ -99,6 +135,7 @@ impl Transition<'_> {
         self.effects.push(Effect::ReleaseWorkers);
         self.run.workers.clear();
         self.run.taken = None;
+        self.run.tried = None;
         self.run.shards = None;
         self.drop_unfinished();
         // What was wished meanwhile comes first.
@@ -160,6 +197,13 @@ impl Transition<'_> {
                 if let Phase::AwaitingCheckpoint = self.run.phase {
                     self.go_on();
                 }
+            }
+            Phase::Leaving { next: Next::Recover | Next::Revert }
+                if matches!(self.run.wish, Some(Wish::Pause { .. })) =>
+            {
+                self.run.wish = None;
+                let message = self.run.at_checkpoint(reason);
+                self.enter(RunState::Recovering, message);
             }
             Phase::Leaving { next: Next::Wish(Wish::Pause { .. }) } => {
                 self.run.phase = Phase::Leaving {
@@ -276,7 +320,7 @@ impl Transition<'_> {
     /// A fault that the same try would meet again. A checkpoint that cannot be loaded is given up for the one before.
     fn lasting_fault(&mut self, message: String) {
         let unreadable = match &self.run.phase {
-            Phase::Loading { restores: Some(place), .. } => Some(place.name.clone()),
+            Phase::Loading { restores: Some(place), .. } => Some(place.clone()),
             Phase::Queued { .. }
             | Phase::Restoring { .. }
             | Phase::Loading { restores: None, .. }
@@ -295,12 +339,10 @@ impl Transition<'_> {
             | Phase::Resting
             | Phase::Ended => None,
         };
-        match unreadable {
-            Some(name) if self.run.history.checkpoints.len() > 1 => {
-                self.run.history.checkpoints.retain(|kept| kept.place.name != name);
-                self.fault(message);
-            }
-            Some(_) | None => self.fail(message),
+        if unreadable.is_some_and(|place| self.run.give_up(&place)) {
+            self.fault(message);
+        } else {
+            self.fail(message);
         }
     }
 
@@ -308,12 +350,8 @@ impl Transition<'_> {
         let Phase::Restoring { from } = &self.run.phase else { return self.refuse("a checkpoint", 0) };
         let from = from.clone();
         let message = format!("the checkpoint after {} steps cannot be read: {cause}", from.steps_done);
-        if damaged {
-            let before = self.run.history.checkpoints.len();
-            self.run.history.checkpoints.retain(|kept| kept.place.name != from.name);
-            if before <= 1 {
-                return self.fail(message);
-            }
+        if damaged && !self.run.give_up(&from) {
+            return self.fail(message);
         }
         self.fault(message);
     }
@@ -333,6 +371,8 @@ impl Transition<'_> {
         if let Some(due) = self.run.suspects.iter().find(|suspect| suspect.until <= self.now) {
             let message = due.message.clone();
             self.fault(message);
+        } else if let Some(next) = self.run.suspects.iter().map(|suspect| suspect.until).min() {
+            self.effects.push(Effect::WakeAt(next));
         }
     }
 

@@ -78,9 +78,11 @@ impl RunState {
 pub struct StepReport {
     /// 0-based.
     pub step: u64,
-    /// Mean negative log likelihood, in nats.
+    /// Mean negative log likelihood, in nats; may be no number where the step was skipped.
+    #[serde(with = "perhaps_no_number")]
     pub loss: f64,
-    /// Global L2 norm of the gradients before clipping.
+    /// Global L2 norm of the gradients before clipping; likewise.
+    #[serde(with = "perhaps_no_number")]
     pub grad_norm: f64,
     pub learning_rate: f64,
     pub tokens: u64,
@@ -97,6 +99,19 @@ pub struct StepReport {
     /// Why the optimizer took no step; empty when it did.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub skipped: String,
+}
+
+/// JSON has no NaN and no infinity: they are written as null and read back as NaN.
+mod perhaps_no_number {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(value: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+        value.is_finite().then_some(*value).serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+        Ok(Option::deserialize(deserializer)?.unwrap_or(f64::NAN))
+    }
 }
 
 /// One numbered, immutable choice of what stays.

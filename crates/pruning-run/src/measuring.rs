@@ -67,7 +67,11 @@ impl Transition<'_> {
         let (purpose, place) = (*purpose, *place);
         let label = self.run.label(purpose);
         // A repeated answer to the question before is none to this one.
-        if self.run.setup.measurements().get(place) != Some(&answer.measurement) {
+        let asked = match purpose {
+            Purpose::Guard => Some(Measurement::Window { index: 0 }),
+            Purpose::Dense | Purpose::Result => self.run.setup.measurements().get(place).copied(),
+        };
+        if asked != Some(answer.measurement) {
             return self.refuse("a measurement", tp_rank);
         }
         let Phase::Evaluating { answers, .. } = &mut self.run.phase else { return };
@@ -112,8 +116,10 @@ impl Transition<'_> {
     /// Whether a quality guard wants to look before the mask after the last step is decided, or before the run ends.
     pub(crate) fn guard_looks(&self) -> bool {
         self.run.setup.options().guard.is_some()
-            && !self.run.history.holds
+            && self.run.history.held_at.is_none()
             && self.run.generation > Generation(0)
+            // What was decided next before a fault had been looked at.
+            && self.run.history.decision(self.run.generation.next()).is_none()
     }
 
     fn judge(&mut self, measured: &Measured) {
@@ -141,6 +147,9 @@ impl Transition<'_> {
             Some(GuardAction::Revert) => {
                 // The checkpoint on its way is of the mask that is given up.
                 self.run.writing = None;
+                self.run.resuming = Some(format!(
+                    "perplexity {perplexity:.4} under mask {generation} exceeds {max_perplexity:.4}"
+                ));
                 self.abandon(Next::Revert);
             }
         }

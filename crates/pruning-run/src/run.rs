@@ -30,6 +30,8 @@ pub struct Run {
     pub(crate) next_step: u64,
     /// How far the last checkpoint is that was taken or read by this group.
     pub(crate) taken: Option<Taken>,
+    /// How far the last checkpoint is that was tried, whether or not it came about.
+    pub(crate) tried: Option<Taken>,
     /// A checkpoint on its way to the store.
     pub(crate) writing: Option<Writing>,
     /// The ranks' files of the checkpoint that an export is made of.
@@ -113,6 +115,7 @@ pub(crate) enum Phase {
     },
     /// The ranks copy their state aside.
     Snapshotting {
+        name: String,
         taken: Gather<()>,
     },
     /// Nothing is left to do until the checkpoint is complete.
@@ -270,13 +273,14 @@ impl Run {
         let mut run = Self {
             id,
             workers: Vec::new(),
-            phase: Phase::Queued { message: String::new() },
+            phase: Phase::Resting,
             keep_mask: Arc::new(KeepMask::full(setup.dense())),
             generation: Generation::default(),
             placement: setup.placement().clone(),
             average: None,
             next_step: 0,
             taken: None,
+            tried: None,
             writing: None,
             shards: None,
             wish: None,
@@ -289,7 +293,9 @@ impl Run {
             history,
             setup,
         };
-        run.history.holds |= run.setup.options().stop_pruning;
+        if run.setup.options().stop_pruning {
+            run.history.hold(run.origin.as_ref().map_or(Generation(0), |origin| origin.generation));
+        }
         run.reset();
         run
     }
@@ -304,6 +310,7 @@ impl Run {
         self.generation = Generation::default();
         self.next_step = 0;
         self.taken = None;
+        self.tried = None;
     }
 
     /// To where a checkpoint was taken.
@@ -326,6 +333,7 @@ impl Run {
         self.average.clone_from(&state.average);
         self.next_step = state.steps_done;
         self.taken = Some(Taken { steps_done: state.steps_done, generation: state.generation });
+        self.tried = self.taken;
         Ok(())
     }
 
@@ -342,10 +350,15 @@ impl Run {
             && self.history.measured(self.result_label()) >= self.result_measurements()
     }
 
-    /// Waits for workers: as many as planned, or for an export one.
     pub(crate) fn enqueue(&self) -> Effect {
+        let (workers, at_least) = self.wanted_workers();
+        Effect::Enqueue { workers, at_least }
+    }
+
+    /// As many as planned, or for an export one; and the fewest that will do.
+    pub(crate) fn wanted_workers(&self) -> (usize, usize) {
         if self.only_exports() {
-            return Effect::Enqueue { workers: 1, at_least: 1 };
+            return (1, 1);
         }
         // A run that has not begun starts as it was planned.
         let at_least = match self.base() {
@@ -353,7 +366,13 @@ impl Run {
             None if self.history.starts > 0 => self.setup.min_tp_degree(),
             None => self.setup.tp_degree(),
         };
-        Effect::Enqueue { workers: self.setup.tp_degree(), at_least }
+        (self.setup.tp_degree(), at_least)
+    }
+
+    /// Gives up a checkpoint that cannot be read. Whether there is another to go on from.
+    pub(crate) fn give_up(&mut self, unreadable: &CheckpointRef) -> bool {
+        self.history.checkpoints.retain(|kept| kept.place != *unreadable);
+        self.base().is_some_and(|base| base != unreadable)
     }
 
     /// Drops the checkpoints that need not be kept.
@@ -402,6 +421,12 @@ impl Run {
     #[must_use]
     pub fn holds_workers(&self) -> bool {
         !self.workers.is_empty()
+    }
+
+    /// Whether an export of this run was begun before the one under way.
+    #[must_use]
+    pub fn exports_again(&self) -> bool {
+        self.history.exports > 1
     }
 
     /// Optimizer steps done.
@@ -464,6 +489,9 @@ impl Run {
     ) {
         debug_assert!(state.has_ended());
         self.enter(state, message, now, effects);
+        if matches!(self.phase, Phase::Queued { .. }) && self.workers.is_empty() {
+            effects.push(Effect::LeaveQueue);
+        }
         self.phase = Phase::Ended;
         self.average = None;
         self.writing = None;

@@ -28,13 +28,16 @@ impl Transition<'_> {
     fn end_step(&mut self, ended: EndedStep) {
         let first = ended.reports[0].clone();
         let step = first.step;
-        if let Some(other) = ended.reports.iter().position(|report| report.skipped != first.skipped) {
+        let skips = |report: &RankReport| !report.skipped.is_empty();
+        if let Some(other) = ended.reports.iter().position(|report| skips(report) != skips(&first)) {
             let name = self.run.name(other);
             return self.fault(format!(
                 "ranks diverged at step {step}: {name} and rank 0 differ on whether it counts"
             ));
         }
-        if let Some(other) = ended.reports.iter().position(|report| !agree(report.loss, first.loss)) {
+        // Of a step that does not count the loss may be no number.
+        let differs = |report: &RankReport| !skips(&first) && !agree(report.loss, first.loss);
+        if let Some(other) = ended.reports.iter().position(differs) {
             let (name, loss) = (self.run.name(other), ended.reports[other].loss);
             return self.fault(format!(
                 "ranks diverged at step {step}: the loss is {} on rank 0 and {loss} on {name}",
@@ -53,7 +56,14 @@ impl Transition<'_> {
             memory_bytes: ended.reports.iter().map(|report| report.memory_bytes).max().unwrap_or(0),
             sparsity: self.run.keep_mask.sparsity(dense),
             generation: self.run.generation,
-            skipped: first.skipped,
+            // The rank that holds the place knows more of it.
+            skipped: ended
+                .reports
+                .iter()
+                .map(|report| &report.skipped)
+                .max_by_key(|text| text.len())
+                .cloned()
+                .unwrap_or_default(),
         };
         self.run.step_duration = Some(report.duration);
         self.record(RunEventKind::Step(report));
@@ -111,7 +121,9 @@ impl Transition<'_> {
             self.run.setup.pruning_steps().binary_search(&last).is_ok()
                 && in_force.is_none_or(|decision| decision.step < last)
         };
-        !self.run.history.holds && self.run.next_step.checked_sub(1).is_some_and(due)
+        // What was decided before pruning was held is applied again after a fault.
+        let may_prune = self.run.history.held_at.is_none_or(|held| self.run.generation < held);
+        may_prune && self.run.next_step.checked_sub(1).is_some_and(due)
     }
 
     pub(crate) fn decide_or_go_on(&mut self) {

@@ -68,6 +68,30 @@ pub(crate) enum StreamFault {
     Score { step: u64, error: ScoreError },
 }
 
+impl StreamFault {
+    /// Whether a number is to blame rather than the order of things.
+    pub(crate) fn is_not_finite(&self) -> bool {
+        match self {
+            Self::NotFinite { .. }
+            | Self::Score { error: ScoreError::NotFinite { .. } | ScoreError::Overflow { .. }, .. } => true,
+            Self::Generation { .. }
+            | Self::Step { .. }
+            | Self::AfterEnd { .. }
+            | Self::EndedEarly { .. }
+            | Self::UnitRange { .. }
+            | Self::Score {
+                error:
+                    ScoreError::UnknownLayer { .. }
+                    | ScoreError::LengthMismatch { .. }
+                    | ScoreError::NotLive { .. }
+                    | ScoreError::Doubled { .. }
+                    | ScoreError::Missing { .. },
+                ..
+            } => false,
+        }
+    }
+}
+
 impl Segment {
     pub(crate) fn new(steps: std::ops::Range<u64>, generation: Generation, tp_degree: usize) -> Self {
         let progress = RankProgress { next_step: steps.start, stream_ended: false };

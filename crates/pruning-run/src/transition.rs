@@ -66,8 +66,8 @@ impl Transition<'_> {
                 let (measurement, measured) = (Measurement::Task { index }, Measured::Task(score));
                 self.evaluated(tp_rank, Answer { measurement, measured, duration });
             }
-            Event::Snapshotted { tp_rank } => self.snapshotted(tp_rank),
-            Event::Checkpointed { tp_rank, shard } => self.checkpointed(tp_rank, shard),
+            Event::Snapshotted { tp_rank, name } => self.snapshotted(tp_rank, &name),
+            Event::Checkpointed { tp_rank, name, shard } => self.checkpointed(tp_rank, &name, shard),
             Event::CheckpointWritten { name, size_bytes } => self.checkpoint_written(&name, size_bytes),
             Event::CheckpointFailed { name, cause } => self.checkpoint_failed(&name, &cause),
             Event::Restored { state } => self.restored(state),
@@ -91,9 +91,10 @@ impl Transition<'_> {
     // --- getting started ---
 
     fn workers_short(&mut self, idle: usize, registered: usize, ahead: usize) {
-        let needed = match self.run.tp_degree() {
-            1 => "needs 1 idle worker".to_owned(),
-            needed => format!("needs {needed} idle workers"),
+        let needed = match self.run.wanted_workers() {
+            (1, _) => "needs 1 idle worker".to_owned(),
+            (most, least) if least < most => format!("needs {least} to {most} idle workers"),
+            (most, _) => format!("needs {most} idle workers"),
         };
         let Phase::Queued { message } = &mut self.run.phase else {
             return self.refuse("a count of idle workers", 0);
@@ -115,15 +116,13 @@ impl Transition<'_> {
 
     fn workers_assigned(&mut self, workers: Vec<WorkerId>) {
         let Phase::Queued { .. } = self.run.phase else { return self.refuse("an assignment", 0) };
-        let Effect::Enqueue { workers: most, at_least } = self.run.enqueue() else { return };
-        if workers.len() > most || workers.len() < at_least {
-            return self.fail(format!(
-                "{} workers were assigned where {at_least} to {most} are needed",
-                workers.len()
-            ));
-        }
+        let (most, at_least) = self.run.wanted_workers();
+        let count = workers.len();
         let names = workers.iter().map(|worker| format!("`{worker}`")).collect::<Vec<_>>().join(", ");
         self.run.workers = workers;
+        if count > most || count < at_least {
+            return self.fail(format!("{count} workers were assigned where {at_least} to {most} are needed"));
+        }
         let from = self.run.base().cloned();
         let what = match &from {
             Some(place) => format!("loads its checkpoint after {} steps on {names}", place.steps_done),
@@ -222,7 +221,11 @@ impl Transition<'_> {
             }
             (steps, false) => format!("tunes over {steps} steps"),
         };
-        let message = match (self.run.next_step, self.run.resuming.take()) {
+        let next_step = self.run.next_step;
+        // Whatever the reason, no step is repeated without a word.
+        let repeats = self.run.history.next_step > next_step;
+        let cause = self.run.resuming.take().or(repeats.then(|| "goes on from its last checkpoint".into()));
+        let message = match (next_step, cause) {
             (0, None) => message,
             (next_step, None) => format!("{message}; goes on with step {next_step}"),
             (next_step, Some(cause)) => {
@@ -275,7 +278,7 @@ impl Transition<'_> {
             Some(duration) => (STRETCH.as_secs_f64() / duration.as_secs_f64().max(1e-6)) as u64,
             None => 1,
         };
-        let since = self.run.taken.map_or(0, |taken| taken.steps_done);
+        let since = self.run.tried.map_or(0, |tried| tried.steps_done);
         let next_checkpoint = since + setup.options().checkpoint_every.max(1);
         let mut end_step = setup.stretch_end(first_step).min(first_step + quickly.clamp(1, MOST_STEPS));
         if next_checkpoint > first_step {
@@ -411,9 +414,10 @@ impl Transition<'_> {
         self.run.end(RunState::Succeeded, message, self.now, self.effects);
     }
 
+    /// A number that is not finite may come right from the last checkpoint on; a breach of the protocol never does.
     fn stream_fault(&mut self, tp_rank: usize, fault: &StreamFault) {
         let message = format!("{} failed while {}: {fault}", self.run.name(tp_rank), self.run.doing());
-        self.fail(message);
+        if fault.is_not_finite() { self.fault(message) } else { self.fail(message) }
     }
 
     pub(crate) fn fail(&mut self, message: String) {

@@ -7,7 +7,8 @@ mod remote;
 pub(crate) use local::{EvalArgs, ImportArgs, ImportDtype, LogitsArgs, MeasureArgs, PruneArgs, ReportArgs};
 pub(crate) use recipe_flags::RecipeFlags;
 pub(crate) use remote::{
-    CreateArgs, EvaluateArgs, ExportArgs, ListArgs, MaskArgs, RemoteArgs, RunIdArgs, WatchArgs, WorkersArgs,
+    CancelArgs, CreateArgs, DownloadArgs, DrainArgs, EvaluateArgs, ExportArgs, ForkArgs, ListArgs, MaskArgs,
+    RemoteArgs, RunIdArgs, WatchArgs, WhatIfArgs, WorkersArgs,
 };
 
 use clap::{Parser, Subcommand};
@@ -57,12 +58,28 @@ pub(crate) enum Command {
     Create(CreateArgs),
     /// Show a run
     Get(RunIdArgs),
-    /// List runs, newest first
+    /// List runs, newest first unless ordered otherwise
     List(ListArgs),
     /// Follow a run's events until it ends
     Watch(WatchArgs),
-    /// End a run; its workers stop before their next step
-    Cancel(RunIdArgs),
+    /// Checkpoint a run after the step under way and give its workers back
+    Pause(RunIdArgs),
+    /// Let a paused run go on from its checkpoint
+    Resume(RunIdArgs),
+    /// End a run after a checkpoint
+    Cancel(CancelArgs),
+    /// Forget a run that has ended, with its checkpoints; what it exported stays
+    Delete(RunIdArgs),
+    /// Start a run that goes on from a decision of another
+    Fork(ForkArgs),
+    /// Say what another budget would keep, from the importance of a decision
+    WhatIf(WhatIfArgs),
+    /// Print the averaged importance that each decision was made on, as JSON lines
+    Importance(WatchArgs),
+    /// List the files that a run has exported
+    Artifacts(RunIdArgs),
+    /// Fetch the files that a run has exported, and check their digests
+    Download(DownloadArgs),
     /// Measure the exported model of a run on another text, or on tasks
     Evaluate(EvaluateArgs),
     /// Write the pruned model of a run to another folder or in another format
@@ -73,6 +90,8 @@ pub(crate) enum Command {
     Mask(MaskArgs),
     /// List the workers that the coordinator knows
     Workers(WorkersArgs),
+    /// Take a worker out of service: its run is checkpointed and goes on with other workers
+    Drain(DrainArgs),
 }
 
 #[cfg(test)]

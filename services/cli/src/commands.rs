@@ -1,7 +1,9 @@
 //! One module a command.
 
+mod artifacts;
 mod eval;
 mod import;
+mod importance;
 mod logits;
 mod prune;
 mod remote;
@@ -23,11 +25,20 @@ pub(crate) async fn run(command: Command) -> Result<(), Failure> {
         Command::Get(args) => remote::get(args).await,
         Command::List(args) => remote::list(args).await,
         Command::Watch(args) => remote::watch(args).await,
+        Command::Pause(args) => remote::pause(args).await,
+        Command::Resume(args) => remote::resume(args).await,
         Command::Cancel(args) => remote::cancel(args).await,
+        Command::Delete(args) => remote::delete(args).await,
+        Command::Fork(args) => remote::fork(args).await,
+        Command::WhatIf(args) => importance::what_if(args).await,
+        Command::Importance(args) => importance::watch(args).await,
+        Command::Artifacts(args) => artifacts::list(args).await,
+        Command::Download(args) => artifacts::download(args).await,
         Command::Evaluate(args) => remote::evaluate(args).await,
         Command::Export(args) => remote::export(args).await,
         Command::Decisions(args) => remote::decisions(args).await,
         Command::Mask(args) => remote::mask(args).await,
         Command::Workers(args) => remote::workers(args).await,
+        Command::Drain(args) => remote::drain(args).await,
     }
 }

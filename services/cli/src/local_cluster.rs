@@ -187,12 +187,11 @@ fn ended_worker(workers: &mut [Worker]) -> Option<Failure> {
 }
 
 fn config(options: &ClusterOptions) -> CoordinatorConfig {
+    let roots = RootArgs { roots: options.roots.iter().cloned().collect() };
     CoordinatorConfig {
-        roots: RootArgs { roots: options.roots.iter().cloned().collect() },
-        data_dir: options.state.clone(),
-        checkpoint_dir: None,
         lease_seconds: LEASE_SECONDS,
         step_deadline_seconds: STEP_DEADLINE_SECONDS,
+        ..CoordinatorConfig::new(roots, options.state.clone())
     }
 }
 

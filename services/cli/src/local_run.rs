@@ -36,6 +36,12 @@ pub(crate) struct LocalRun {
     pub failure: Option<Failure>,
 }
 
+/// Workers of a cluster of our own do not come back, so a run that has lost one ends.
+fn without_restarts(mut spec: pb::RunSpec) -> pb::RunSpec {
+    spec.durability.get_or_insert_default().max_restarts.get_or_insert(0);
+    spec
+}
+
 /// Runs `spec` to its end and hands each event to `each`. A second signal kills the workers.
 ///
 /// # Errors
@@ -47,6 +53,7 @@ pub(crate) async fn run_locally(
     progress: &mut Progress,
     mut each: impl FnMut(&pb::RunEvent) -> Result<(), Failure>,
 ) -> Result<LocalRun, Failure> {
+    let spec = without_restarts(spec);
     let mut cluster = LocalCluster::start(options).await?;
     // A run that cannot be is refused before any worker is started.
     create(&mut cluster.client, spec.clone(), true).await?;
@@ -176,7 +183,7 @@ async fn cancel(
     seen: u64,
     each: &mut impl FnMut(&pb::RunEvent) -> Result<(), Failure>,
 ) {
-    let request = within(limits::QUICK_CALL, pb::CancelRunRequest { id: id.to_owned() });
+    let request = within(limits::QUICK_CALL, pb::CancelRunRequest { id: id.to_owned(), discard: true });
     if let Err(status) = client.cancel_run(request).await {
         tracing::warn!(run_id = id, %status, "the run could not be cancelled");
         return;

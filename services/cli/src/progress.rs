@@ -85,7 +85,17 @@ impl Progress {
                     ));
                 }
             }
-            Some(Kind::Export(_)) | None => {}
+            Some(Kind::Restart(restart)) => {
+                self.note(&format!(
+                    "starts anew from step {} on {} workers: {}",
+                    restart.next_step, restart.tp_degree, restart.cause
+                ));
+            }
+            Some(Kind::Guard(verdict)) => {
+                let (measured, most) = (verdict.perplexity, verdict.max_perplexity);
+                self.note(&format!("quality guard: perplexity {measured:.4}, at most {most:.4}"));
+            }
+            Some(Kind::Export(_) | Kind::Checkpoint(_)) | None => {}
         }
     }
 

@@ -28,13 +28,17 @@ named!(
     ExportRunResponse,
     GetKeepMaskResponse,
     GetRunResponse,
+    ListArtifactsResponse,
     ListDecisionsResponse,
     ListRunsResponse,
     ListWorkersResponse,
+    QueryWhatIfResponse,
     Run,
     RunEvent,
     RunSpec,
     TaskResult,
+    WatchImportanceResponse,
+    Worker,
 );
 
 /// # Errors

@@ -27,6 +27,72 @@ pub(crate) struct RunFile {
     pub tasks: Option<Tasks>,
     /// Where the pruned model goes.
     pub export: Option<Export>,
+    /// Fewest workers to go on with once one was lost; by default as many as at first.
+    pub min_workers: Option<u32>,
+    /// When state is written and how often the run may start anew.
+    pub durability: Option<Durability>,
+    /// Pruning stops while the held-out text suffers more than this allows.
+    pub guard: Option<Guard>,
+}
+
+/// When state is written and how often a run may start anew.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Durability {
+    /// Optimizer steps between checkpoints; one is also written after every decision. By default 25.
+    pub checkpoint_every_steps: Option<u32>,
+    /// Latest checkpoints that are kept. By default 2.
+    pub keep_last: Option<u32>,
+    /// Do not keep the checkpoint after each decision.
+    pub forget_decisions: bool,
+    /// Restarts without a new checkpoint between them. By default 3; 0 for `prune`, whose workers do not come back.
+    pub max_restarts: Option<u32>,
+}
+
+/// Prune on only while perplexity stays within a budget.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Guard {
+    /// Highest perplexity.
+    #[serde(default)]
+    pub max_perplexity: Option<f64>,
+    /// Highest perplexity, as a multiple of the dense model's.
+    #[serde(default)]
+    pub max_ratio: Option<f64>,
+    pub action: GuardAction,
+}
+
+/// What happens when a guard's bound is exceeded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum GuardAction {
+    /// Keep the mask in force and prune no further.
+    Hold,
+    /// Go back to the decision before and prune no further.
+    Revert,
+}
+
+impl Durability {
+    fn to_pb(self) -> pb::DurabilitySpec {
+        pb::DurabilitySpec {
+            checkpoint_every_steps: self.checkpoint_every_steps,
+            keep_last: self.keep_last,
+            forget_decisions: self.forget_decisions,
+            max_restarts: self.max_restarts,
+        }
+    }
+}
+
+impl Guard {
+    fn to_pb(self) -> pb::QualityGuard {
+        use pb::quality_guard::Bound;
+        let action = match self.action {
+            GuardAction::Hold => pb::GuardAction::Hold,
+            GuardAction::Revert => pb::GuardAction::Revert,
+        };
+        let bound = self.max_perplexity.map(Bound::MaxPerplexity).or(self.max_ratio.map(Bound::MaxRatio));
+        pb::QualityGuard { bound, action: action.into() }
+    }
 }
 
 /// One file of text.
@@ -191,6 +257,9 @@ impl RunFile {
             tasks: self.tasks.as_ref().filter(|tasks| !tasks.files.is_empty()).map(Tasks::to_pb),
             export: self.export.as_ref().map(Export::to_pb),
             display_name: self.name.clone(),
+            min_tp_degree: self.min_workers,
+            durability: self.durability.map(Durability::to_pb),
+            guard: self.guard.map(Guard::to_pb),
         }
     }
 }

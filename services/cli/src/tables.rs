@@ -36,6 +36,10 @@ pub(crate) fn state_name(state: pb::RunState) -> &'static str {
         pb::RunState::Succeeded => "succeeded",
         pb::RunState::Failed => "failed",
         pb::RunState::Cancelled => "cancelled",
+        pb::RunState::Pausing => "pausing",
+        pb::RunState::Paused => "paused",
+        pb::RunState::Recovering => "recovering",
+        pb::RunState::Cancelling => "cancelling",
     }
 }
 
@@ -48,7 +52,11 @@ pub(crate) fn has_ended(state: pb::RunState) -> bool {
         | pb::RunState::Queued
         | pb::RunState::Starting
         | pb::RunState::Running
-        | pb::RunState::Exporting => false,
+        | pb::RunState::Exporting
+        | pb::RunState::Pausing
+        | pb::RunState::Paused
+        | pb::RunState::Recovering
+        | pb::RunState::Cancelling => false,
     }
 }
 
@@ -298,6 +306,42 @@ fn indices_text(indices: &[u32]) -> String {
     let text =
         |(start, end): &(u32, u32)| if start == end { start.to_string() } else { format!("{start}-{end}") };
     parts.iter().map(text).collect::<Vec<_>>().join(", ")
+}
+
+/// What another budget would keep.
+#[must_use]
+pub(crate) fn what_if_table(answer: &pb::QueryWhatIfResponse) -> String {
+    let mut table = table();
+    let widths = |count: fn(&pb::LayerWidths) -> u32| range_of(answer.layers.iter().map(count));
+    for (name, value) in [
+        ("decision asked", answer.generation.to_string()),
+        ("parameters that stay", units::grouped(answer.parameters)),
+        ("projection weights gone", units::percent(answer.sparsity)),
+        ("weights exported", units::bytes(answer.weight_bytes)),
+        ("query heads of a layer", widths(|layer| layer.query_heads)),
+        ("key/value heads of a layer", widths(|layer| layer.kv_heads)),
+        ("channels of a layer", widths(|layer| layer.channels)),
+        ("importance lost", units::percent(answer.importance_lost_share)),
+        (
+            "export",
+            if answer.export_form.is_empty() { "impossible".into() } else { answer.export_form.clone() },
+        ),
+    ] {
+        table.add_row([name.to_owned(), value]);
+    }
+    let problems = answer.problems.iter().map(|problem| format!("\nnote: {problem}"));
+    format!("{table}{}", problems.collect::<String>())
+}
+
+/// The files that a run has exported.
+#[must_use]
+pub(crate) fn artifacts_table(artifacts: &[pb::Artifact]) -> String {
+    let mut table = table();
+    table.set_header(["file", "size", "SHA-256"]);
+    for artifact in artifacts {
+        table.add_row([artifact.name.clone(), units::bytes(artifact.size_bytes), artifact.sha256.clone()]);
+    }
+    table.to_string()
 }
 
 fn ago(time: Option<prost_types::Timestamp>) -> String {

@@ -223,7 +223,9 @@ impl Calls {
             let (outcomes, name) = (self.outcomes.clone(), name.to_owned());
             let saving = async move {
                 let mut taken = false;
-                if let Err(fault) = save_on(tp_rank, client, request, deadline, &outcomes, &mut taken).await {
+                if let Err(fault) =
+                    save_on(tp_rank, &name, client, request, deadline, &outcomes, &mut taken).await
+                {
                     let event = match fault {
                         // The rank trains on, only this checkpoint is lost.
                         Fault::Own(cause) | Fault::Lasting(cause) if taken => {
@@ -362,6 +364,7 @@ async fn train_on(
 /// One rank's checkpoint: its snapshot, then its file.
 async fn save_on(
     tp_rank: usize,
+    name: &str,
     mut client: WorkerClient,
     request: pb::CheckpointRequest,
     deadline: Duration,
@@ -377,11 +380,11 @@ async fn save_on(
         match message.kind {
             Some(Kind::Snapshot(_)) => {
                 *taken = true;
-                tell(outcomes, Event::Snapshotted { tp_rank }).await;
+                tell(outcomes, Event::Snapshotted { tp_rank, name: name.to_owned() }).await;
             }
             Some(Kind::Shard(pb::CheckpointShard { file, sha256, size_bytes })) => {
                 let shard = ShardFile { file, sha256, size_bytes };
-                tell(outcomes, Event::Checkpointed { tp_rank, shard }).await;
+                tell(outcomes, Event::Checkpointed { tp_rank, name: name.to_owned(), shard }).await;
                 return Ok(());
             }
             None => return Err(Fault::Own("it sent an empty message while writing a checkpoint".to_owned())),

@@ -109,8 +109,11 @@ async fn reloaded(context: &Arc<Context>, record: &Arc<RunRecord>) -> Option<(Ru
             () = context.stopping.cancelled() => return None,
             () = tokio::time::sleep(STORE_CHECK) => {}
         }
-        let read = context.stores.history(&record.id, |event| record.publish(event)).await;
-        match read {
+        let read = async {
+            context.stores.check().await?;
+            context.stores.history(&record.id, |event| record.publish(event)).await
+        };
+        match read.await {
             Ok(history) => {
                 info!(run_id = %record.id, "the store is back");
                 let origin = record.fork.as_ref().map(|fork| fork.checkpoint.clone());
@@ -313,7 +316,14 @@ impl Driver {
     async fn act(&mut self, effect: Effect) {
         match effect {
             Effect::Enqueue { workers, at_least } => self.enqueue(workers, at_least),
-            Effect::LeaveQueue => self.ticket = None,
+            Effect::LeaveQueue => {
+                self.ticket = None;
+                if !self.run.as_ref().is_some_and(Run::holds_workers) {
+                    self.calls = None;
+                    self.outcomes = None;
+                    self.claim = None;
+                }
+            }
             Effect::WakeAt(time) => self.wake = Some(self.wake.map_or(time, |wake| wake.min(time))),
             Effect::Refuse(refusal) => warn!(%refusal, "event refused"),
             Effect::ReleaseAllButFirst => {
@@ -382,7 +392,9 @@ impl Driver {
                 info!("exporting");
                 let export = record.spec.export.as_ref().map(run::export_to_pb);
                 let folder = stores.folder(&checkpoint);
-                calls.export(export_request(record, folder, &shards, &keep_mask, export));
+                let request = export_request(record, folder, &shards, &keep_mask, export);
+                let replace = self.run.as_ref().is_some_and(Run::exports_again);
+                calls.export(pb::ExportRequest { replace, ..request });
             }
             Effect::Record(_)
             | Effect::KeepImportance { .. }
@@ -576,6 +588,7 @@ pub(crate) fn export_request(
         keep_mask: Some(mask::to_pb(keep_mask)),
         export,
         run_id: record.id.0.clone(),
+        replace: false,
     }
 }
 

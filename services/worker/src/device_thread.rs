@@ -6,12 +6,12 @@ use crate::session::{Progress, SessionEnd};
 use checkpoint::ModelFolder;
 use engine::{
     CollectiveBackend, Engine, EngineError, MaskApplied, NllSum, Rendezvous, ShardEngine, ShardSetup,
+    Snapshot,
 };
 use model_spec::ModelSpec;
 use pruning::KeepMask;
 use recipe::Compute;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
@@ -52,11 +52,10 @@ pub(crate) struct Loaded {
     pub(crate) memory_bytes: u64,
 }
 
-/// What Checkpoint wrote.
-#[derive(Debug)]
-pub(crate) struct Written {
+/// A rank's state apart from its shard, and the name of its file.
+pub(crate) struct Taken {
     pub(crate) file: String,
-    pub(crate) sha256: String,
+    pub(crate) snapshot: Box<dyn Snapshot>,
 }
 
 /// What Evaluate measured.
@@ -109,9 +108,9 @@ pub(crate) enum Command {
         accepted: Reply<()>,
         sink: mpsc::Sender<TaskItem>,
     },
-    Checkpoint {
-        folder: PathBuf,
-        reply: Reply<Written>,
+    Snapshot {
+        with_logits: bool,
+        reply: Reply<Taken>,
     },
 }
 
@@ -154,8 +153,11 @@ pub(crate) fn run(
     mut orders: mpsc::Receiver<Order>,
     ready: oneshot::Sender<Result<Loaded, Failure>>,
 ) {
+    let works = |works: bool| context.progress.working.store(works, Ordering::Relaxed);
+    works(true);
     let loaded = loading.in_scope(|| guarded("loading", || Shard::load(setup, context)));
     drop(loading);
+    works(false);
     let mut shard = match loaded {
         Ok((shard, loaded)) => {
             // Nobody waits any more when the caller went away; the session stays for its next call.
@@ -171,8 +173,11 @@ pub(crate) fn run(
         }
     };
     while let Some(Order { span, command }) = next_order(context, &mut orders) {
+        works(true);
         span.in_scope(|| shard.obey(command));
+        works(false);
     }
+    works(true);
     if guarded("freeing the shard", || {
         drop(shard);
         Ok(())
@@ -221,16 +226,22 @@ impl<'a> Shard<'a> {
         if context.end.is_over() {
             return Err(context.end.why().into());
         }
+        if let Some(restore) = &setup.restore {
+            mask::check_fits(&restore.keep_mask, folder.spec(), "restore.keep_mask")
+                .map_err(Failure::from)?;
+        }
         let engine = engine.load(setup.clone())?;
         let (data_sha256, window_count) = data.training_digest();
+        let restore = setup.restore.clone();
         let shard = Self {
-            keep_mask: KeepMask::full(folder.spec()),
+            generation: restore.as_ref().map_or(0, |restore| restore.generation),
+            next_step: restore.as_ref().map_or(0, |restore| restore.next_step),
+            // What the unpruned model has said is part of the checkpoint.
+            taught: restore.as_ref().is_some_and(|restore| restore.next_step > 0),
+            keep_mask: restore.map_or_else(|| KeepMask::full(folder.spec()), |restore| restore.keep_mask),
             dense: folder.spec().clone(),
             joined: setup.tp_degree == 1,
-            generation: 0,
             last_applied: MaskApplied { received_groups: 0 },
-            next_step: 0,
-            taught: false,
             context,
             engine,
             setup,
@@ -270,8 +281,8 @@ impl<'a> Shard<'a> {
             Command::EvaluateTask { task_index, accepted, sink } => {
                 self.evaluate_task(task_index, accepted, &sink);
             }
-            Command::Checkpoint { folder, reply } => {
-                answer(reply, &end, "writing the checkpoint", || self.checkpoint(folder));
+            Command::Snapshot { with_logits, reply } => {
+                answer(reply, &end, "taking a snapshot", || self.snapshot(with_logits));
             }
         }
     }
@@ -447,6 +458,7 @@ impl<'a> Shard<'a> {
                 memory_bytes,
                 sparsity: self.keep_mask.sparsity(&self.dense),
                 generation: self.generation,
+                skipped: outcome.skipped.unwrap_or_default(),
             })),
         });
         Ok(messages)
@@ -524,15 +536,12 @@ impl<'a> Shard<'a> {
         Ok(Perplexity { sum, window_tokens })
     }
 
-    fn checkpoint(&mut self, folder: PathBuf) -> Result<Written, Fault> {
+    fn snapshot(&mut self, with_logits: bool) -> Result<Taken, Fault> {
         self.require_group()?;
-        std::fs::create_dir_all(&folder).map_err(|error| {
-            Failure::new(Reason::BadFile, format!("failed to make folder `{}`: {error}", folder.display()))
-        })?;
-        let file = format!("rank-{}.safetensors", self.setup.tp_rank);
-        let sha256 = self.engine.checkpoint(&folder.join(&file), self.data.prompts())?;
-        info!(file, sha256, generation = self.generation, "checkpoint written");
-        Ok(Written { file, sha256 })
+        let prompts = if with_logits { self.data.prompts() } else { &[] };
+        let snapshot = self.engine.snapshot(prompts)?;
+        debug!(size_bytes = snapshot.size_bytes(), generation = self.generation, "snapshot taken");
+        Ok(Taken { file: format!("rank-{}.safetensors", self.setup.tp_rank), snapshot })
     }
 
     fn require_group(&self) -> Result<(), Failure> {

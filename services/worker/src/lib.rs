@@ -3,6 +3,7 @@
 //!
 //! The async side never computes and never blocks; one OS thread a session owns the engine's shard (`device_thread`).
 
+mod checkpoint_store;
 mod config;
 mod data;
 mod device_thread;
@@ -50,12 +51,16 @@ pub enum WorkerError {
     AdvertiseWithoutHost { url: String },
     #[error("failed to register")]
     Registration(#[from] RegistrationError),
+    /// Another process can go on.
+    #[error("the device thread does not come back; start the worker anew")]
+    DeviceHung,
 }
 
-/// Serves until `stop`: registers with the coordinator, if one is given, and keeps its lease.
+/// Serves until `stop`: registers with the coordinator, if one is given, and keeps its lease. Told to stop, it asks for its
+/// run to be checkpointed and taken off it, and serves on until that has happened or the time for it is over.
 ///
 /// # Errors
-/// When the address cannot be bound, a root is missing, or the coordinator is not reached in time.
+/// When the address cannot be bound, a root is missing, the coordinator is not reached in time, or the device hangs.
 pub async fn run(
     config: WorkerConfig,
     engine: Arc<dyn Engine>,
@@ -64,7 +69,13 @@ pub async fn run(
     let roots = config.roots.open()?;
     let listener = config.listen.bind(SocketAddr::from(([127, 0, 0, 1], 0))).await?;
     let announced = config.announced(listener.address())?;
-    let rpc = WorkerRpc::new(engine, roots, announced.data_host.clone(), config.collective_timeout);
+    let rpc = WorkerRpc::new(
+        engine,
+        roots,
+        config.object_stores.clone(),
+        announced.data_host.clone(),
+        config.collective_timeout,
+    );
     info!(
         worker_id = announced.id,
         address = %listener.address(),
@@ -76,8 +87,9 @@ pub async fn run(
         .max_decoding_message_size(wire::limits::MASK_MESSAGE_BYTES)
         .max_encoding_message_size(wire::limits::MASK_MESSAGE_BYTES);
     let server = GrpcServer::new(pb::DESCRIPTORS)?.with_service(service);
-    // Whatever ends first ends the others.
+    // Whatever ends first ends the others. Calls are answered until the worker has been drained.
     let stop = stop.child_token();
+    let stop_serving = CancellationToken::new();
     let registering = async {
         let ended = match &config.coordinator {
             Some(coordinator) => {
@@ -85,6 +97,7 @@ pub async fn run(
                     coordinator,
                     worker: announced,
                     register_timeout: config.register_timeout,
+                    drain: config.drain,
                     rpc: &rpc,
                 }
                 .keep(&stop)
@@ -98,16 +111,23 @@ pub async fn run(
         stop.cancel();
         // Calls of a session end at once, so that the server need not wait for them.
         rpc.shut_down().await;
+        stop_serving.cancel();
         ended
     };
-    let (served, registered) = tokio::join!(
-        async {
-            let served = server.serve(listener, stop.clone(), SHUTDOWN_GRACE).await;
-            stop.cancel();
-            served
-        },
-        registering
-    );
+    let working = async {
+        tokio::join!(
+            async {
+                let served = server.serve(listener, stop_serving.clone(), SHUTDOWN_GRACE).await;
+                stop.cancel();
+                served
+            },
+            registering
+        )
+    };
+    let (served, registered) = tokio::select! {
+        ended = working => ended,
+        () = rpc.hung() => return Err(WorkerError::DeviceHung),
+    };
     served?;
     registered?;
     info!("worker ended");

@@ -9,8 +9,10 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
-use worker::{CollectivesName, Parent, ServeArgs, WorkerConfig};
+use worker::{CollectivesName, Parent, ServeArgs, WorkerConfig, WorkerError};
 
+/// Exit code that asks whoever started the worker to start it anew: EX_SOFTWARE of sysexits.h.
+const RESTART: u8 = 70;
 /// Longest that tasks may take to end after the server has.
 const RUNTIME_GRACE: Duration = Duration::from_secs(1);
 
@@ -56,7 +58,10 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("worker: {error:#}");
-            ExitCode::FAILURE
+            match error.downcast_ref::<WorkerError>() {
+                Some(WorkerError::DeviceHung) => ExitCode::from(RESTART),
+                Some(_) | None => ExitCode::FAILURE,
+            }
         }
     }
 }

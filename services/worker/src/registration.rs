@@ -21,6 +21,9 @@ const LOST_AFTER_LEASES: u32 = 3;
 /// Bounds on what a coordinator may call a lease.
 const SHORTEST_LEASE: Duration = Duration::from_millis(100);
 const DEFAULT_LEASE: Duration = Duration::from_secs(10);
+const SHORTEST_INTERVAL: Duration = Duration::from_millis(20);
+/// How often a draining worker looks whether its run was taken off it.
+const DRAIN_LOOK: Duration = Duration::from_millis(100);
 
 /// Why registering failed for good.
 #[derive(Debug, thiserror::Error)]
@@ -40,12 +43,16 @@ pub(crate) struct Registration<'a> {
     pub(crate) worker: pb::WorkerInfo,
     /// How long the first registration may take.
     pub(crate) register_timeout: Duration,
+    /// How long the run's checkpoint may take at the end.
+    pub(crate) drain: Duration,
     pub(crate) rpc: &'a WorkerRpc,
 }
 
 struct Lease {
     id: String,
     duration: Duration,
+    /// How often to renew it.
+    interval: Duration,
 }
 
 impl Registration<'_> {
@@ -68,8 +75,12 @@ impl Registration<'_> {
                 lease_seconds = registered.duration.as_secs_f64(),
                 "registered"
             );
+            let lease_id = registered.id.clone();
             tokio::select! {
-                () = stop.cancelled() => return Ok(()),
+                () = stop.cancelled() => {
+                    self.leave(&mut client, lease_id).await;
+                    return Ok(());
+                }
                 () = self.renew_until_lost(&mut client, registered) => {}
             }
             // The coordinator counts a worker without lease as lost, and its session with it.
@@ -88,8 +99,13 @@ impl Registration<'_> {
             let request = pb::RegisterRequest { info: Some(self.worker.clone()) };
             let status = match client.register(within(CALL, request)).await {
                 Ok(response) => {
-                    let pb::RegisterResponse { lease_id, lease_duration } = response.into_inner();
-                    return Ok(Lease { id: lease_id, duration: usable(duration_from_pb(lease_duration)) });
+                    let pb::RegisterResponse { lease_id, lease_duration, renew_interval } =
+                        response.into_inner();
+                    let duration = usable(duration_from_pb(lease_duration));
+                    let third = duration / 3;
+                    let interval =
+                        duration_from_pb(renew_interval).unwrap_or(third).clamp(SHORTEST_INTERVAL, third);
+                    return Ok(Lease { id: lease_id, duration, interval });
                 }
                 Err(status) => status,
             };
@@ -113,21 +129,49 @@ impl Registration<'_> {
         }
     }
 
-    /// Renews the lease three times in its duration; returns when it is lost.
+    /// Asks for the run to be taken off this worker, waits for that as long as it may take, and gives the lease back.
+    async fn leave(&self, client: &mut RegistryClient, lease_id: String) {
+        let leaving = async {
+            loop {
+                match client.renew(within(CALL, self.renewal(&lease_id, true))).await {
+                    Ok(renewed) if renewed.get_ref().idle => return,
+                    Ok(_) => tokio::time::sleep(DRAIN_LOOK).await,
+                    // Nobody is there to take anything off it.
+                    Err(_) => return,
+                }
+            }
+        };
+        if tokio::time::timeout(self.drain, leaving).await.is_err() {
+            warn!(seconds = self.drain.as_secs_f64(), "the run was not taken off this worker in time");
+        }
+        let request = pb::DeregisterRequest { lease_id };
+        let _ = tokio::time::timeout(CALL, client.deregister(within(CALL, request))).await;
+    }
+
+    fn renewal(&self, lease_id: &str, draining: bool) -> pb::RenewRequest {
+        pb::RenewRequest {
+            lease_id: lease_id.to_owned(),
+            steps_done: self.rpc.steps_done(),
+            progress: Some(self.rpc.progress()),
+            draining,
+        }
+    }
+
+    /// Renews the lease as often as it was asked to; returns when it is lost.
     async fn renew_until_lost(&self, client: &mut RegistryClient, lease: Lease) {
-        let Lease { id, mut duration } = lease;
+        let Lease { id, mut duration, interval } = lease;
         let mut renewed = Instant::now();
         let mut retries = pauses();
-        let mut pause = duration / 3;
+        let mut pause = interval;
         loop {
             tokio::time::sleep(pause).await;
-            let request = pb::RenewRequest { lease_id: id.clone(), steps_done: self.rpc.steps_done() };
+            let request = self.renewal(&id, false);
             match client.renew(within(CALL.min(duration), request)).await {
                 Ok(response) => {
                     duration = usable(duration_from_pb(response.into_inner().lease_duration));
                     renewed = Instant::now();
                     retries = pauses();
-                    pause = duration / 3;
+                    pause = interval.min(duration / 3);
                 }
                 Err(status) if status.code() == Code::NotFound => {
                     warn!("the lease has run out; registering again");

@@ -1,23 +1,27 @@
 //! `WorkerService`: messages into domain types, an order to the device thread, its answer back.
 
+use crate::checkpoint_store::{Allowed, CheckpointFolder};
 use crate::data::{DataRequest, LocatedSource};
-use crate::device_thread::{Command, Perplexity, SessionSetup, Stretch};
+use crate::device_thread::{Command, Perplexity, SessionSetup, Stretch, Taken};
 use crate::failure;
 use crate::session::{Session, Starter};
 use crate::session_stream::SessionStream;
+use blob_store::Location;
 use checkpoint::ModelFolder;
-use engine::{CollectiveBackend, Engine, ExportJob, Rendezvous, ShardSetup};
+use engine::{CollectiveBackend, Engine, ExportJob, Rendezvous, Restore, ShardSetup};
+use pruning::KeepMask;
 use service_kit::{PathRefused, Roots};
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
-use tracing::{Instrument, Span, info, warn};
+use tracing::{Instrument, Span, error, info, warn};
 use wire::convert::{data, mask, recipe, run};
+use wire::pb::checkpoint_response::Kind;
 use wire::pb::worker_service_server::WorkerService;
 use wire::status::{Failure, Reason, chain};
 use wire::{Violations, limits, pb};
@@ -37,12 +41,16 @@ pub struct WorkerRpc {
 
 struct Inner {
     engine: Arc<dyn Engine>,
-    roots: Roots,
+    allowed: Allowed,
     data_host: String,
     collective_timeout: Duration,
     steps_done: Arc<AtomicU64>,
     sessions: Mutex<Sessions>,
     exporting: Arc<Semaphore>,
+    /// One snapshot is written at a time; the next waits for it.
+    writing: Arc<Semaphore>,
+    /// Cancelled when a thread does not come back from the device.
+    hung: CancellationToken,
 }
 
 struct Sessions {
@@ -64,6 +72,7 @@ impl WorkerRpc {
     pub fn new(
         engine: Arc<dyn Engine>,
         roots: Roots,
+        object_stores: Vec<Location>,
         data_host: String,
         collective_timeout: Duration,
     ) -> Self {
@@ -72,12 +81,14 @@ impl WorkerRpc {
         Self {
             inner: Arc::new(Inner {
                 engine,
-                roots,
+                allowed: Allowed { roots, stores: object_stores },
                 data_host,
                 collective_timeout,
                 steps_done: Arc::default(),
                 sessions: Mutex::new(Sessions { current: None, device_free, shutting_down: false }),
                 exporting: Arc::new(Semaphore::new(1)),
+                writing: Arc::new(Semaphore::new(1)),
+                hung: CancellationToken::new(),
             }),
         }
     }
@@ -86,6 +97,17 @@ impl WorkerRpc {
     #[must_use]
     pub fn steps_done(&self) -> u64 {
         self.inner.steps_done.load(Ordering::Relaxed)
+    }
+
+    /// How far the device thread of the current session is.
+    #[must_use]
+    pub fn progress(&self) -> pb::WorkerProgress {
+        self.sessions().current.as_ref().map(|session| session.advance()).unwrap_or_default()
+    }
+
+    /// Waits until a thread has not come back from the device in time: only another process can go on then.
+    pub async fn hung(&self) {
+        self.inner.hung.cancelled().await;
     }
 
     /// Ends the session, whichever it is, and waits a while for its thread.
@@ -112,6 +134,16 @@ impl WorkerRpc {
                 seconds = ABORT_GRACE.as_secs(),
                 "the device thread still works; it ends by itself, at the latest at its collective's timeout"
             );
+            let (hung, patience) = (self.inner.hung.clone(), self.inner.collective_timeout + DEVICE_GRACE);
+            tokio::spawn(async move {
+                if tokio::time::timeout(patience, device_free.cancelled()).await.is_err() {
+                    error!(
+                        seconds = patience.as_secs(),
+                        "the device thread does not come back; the worker must end"
+                    );
+                    hung.cancel();
+                }
+            });
         }
     }
 
@@ -236,17 +268,75 @@ fn located_sources(
 /// A checked LoadRequest.
 struct Load {
     session_id: String,
+    /// Its checkpoint is still to be fetched.
     shard: ShardSetup,
     data: DataRequest,
+    restore: Option<RestoreFrom>,
+}
+
+/// A checkpoint that is to be read.
+struct RestoreFrom {
+    folder: CheckpointFolder,
+    /// Names and digests by rank.
+    files: Vec<(String, String)>,
+    generation: u64,
+    next_step: u64,
+    keep_mask: KeepMask,
+}
+
+impl RestoreFrom {
+    fn checked(message: pb::Restore, allowed: &Allowed, found: &mut Violations) -> Option<Self> {
+        let files = checked_shards(message.shards, "restore.shards", found);
+        let keep_mask = mask::from_pb(message.keep_mask, "restore.keep_mask", found);
+        let folder =
+            allowed.input(&message.url).map_err(|problem| found.reject("restore.url", problem)).ok()?;
+        let (generation, next_step) = (message.generation, message.next_step);
+        Some(Self { folder, files, generation, next_step, keep_mask })
+    }
+
+    /// Brings the files to this machine.
+    async fn fetch(self) -> Result<Restore, Failure> {
+        let mut shards = Vec::with_capacity(self.files.len());
+        for (file, sha256) in &self.files {
+            shards.push((self.folder.fetch(file).await?, sha256.clone()));
+        }
+        let Self { generation, next_step, keep_mask, .. } = self;
+        Ok(Restore { shards, generation, next_step, keep_mask })
+    }
+}
+
+/// Plain file names with digests.
+fn checked_shards(
+    shards: Vec<pb::CheckpointShard>,
+    field: &str,
+    found: &mut Violations,
+) -> Vec<(String, String)> {
+    if shards.is_empty() {
+        found.reject(field, "must name each rank's file");
+    }
+    let mut checked = Vec::new();
+    for (rank, shard) in shards.into_iter().enumerate() {
+        let plain =
+            !shard.file.is_empty() && !shard.file.contains('/') && shard.file != "." && shard.file != "..";
+        if !plain {
+            found.reject(format!("{field}[{rank}].file"), "must be a plain file name");
+        }
+        if shard.sha256.len() != 64 || !shard.sha256.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+            found.reject(format!("{field}[{rank}].sha256"), "must be 64 hexadecimal digits");
+        }
+        checked.push((shard.file, shard.sha256));
+    }
+    checked
 }
 
 impl Load {
     /// Looks at the file system.
     fn checked(
         message: pb::LoadRequest,
-        roots: &Roots,
+        allowed: &Allowed,
         collective_timeout: Duration,
     ) -> Result<Self, Failure> {
+        let roots = &allowed.roots;
         let mut found = Violations::default();
         check_session_id(&message.session_id, &mut found);
         let recipe = recipe::from_pb(message.recipe, "recipe", &mut found);
@@ -284,9 +374,12 @@ impl Load {
             tp_rank: message.tp_rank as usize,
             tp_degree: message.tp_degree as usize,
             collective_timeout,
+            restore: None,
+            progress: Arc::default(),
         };
+        let restore = message.restore.and_then(|restore| RestoreFrom::checked(restore, allowed, &mut found));
         let data = DataRequest { model, training, evaluation, tasks };
-        Ok(found.finish(Self { session_id: message.session_id, shard, data })?)
+        Ok(found.finish(Self { session_id: message.session_id, shard, data, restore })?)
     }
 }
 
@@ -296,12 +389,22 @@ fn check_session_id(id: &str, found: &mut Violations) {
     }
 }
 
+/// An export whose checkpoint is still to be fetched.
+struct Export {
+    job: ExportJob,
+    folder: CheckpointFolder,
+    files: Vec<(String, String)>,
+    /// What an interrupted export of the same run has left goes first.
+    replace: bool,
+}
+
 /// Looks at the file system.
-fn checked_export(message: pb::ExportRequest, roots: &Roots) -> Result<ExportJob, Failure> {
+fn checked_export(message: pb::ExportRequest, allowed: &Allowed) -> Result<Export, Failure> {
+    let roots = &allowed.roots;
     let mut found = Violations::default();
     let recipe = recipe::from_pb(message.recipe, "recipe", &mut found);
     let model = located(roots.input_folder(&message.model), "model", &mut found);
-    let checkpoint = located(roots.input_folder(&message.checkpoint), "checkpoint", &mut found);
+    let folder = allowed.input(&message.checkpoint).map_err(|problem| found.reject("checkpoint", problem));
     let keep_mask = mask::from_pb(message.keep_mask, "keep_mask", &mut found);
     let spec = run::export_from_pb(message.export.unwrap_or_default(), "export", &mut found);
     let out = if spec.path.is_empty() {
@@ -309,21 +412,7 @@ fn checked_export(message: pb::ExportRequest, roots: &Roots) -> Result<ExportJob
     } else {
         located(roots.output(&spec.path), "export.path", &mut found)
     };
-    if message.shards.is_empty() {
-        found.reject("shards", "must name each rank's file");
-    }
-    let mut shards = Vec::new();
-    for (rank, shard) in message.shards.into_iter().enumerate() {
-        let plain =
-            !shard.file.is_empty() && !shard.file.contains('/') && shard.file != "." && shard.file != "..";
-        if !plain {
-            found.reject(format!("shards[{rank}].file"), "must be a plain file name");
-        }
-        if shard.sha256.len() != 64 || !shard.sha256.bytes().all(|byte| byte.is_ascii_hexdigit()) {
-            found.reject(format!("shards[{rank}].sha256"), "must be 64 hexadecimal digits");
-        }
-        shards.push((checkpoint.join(shard.file), shard.sha256));
-    }
+    let files = checked_shards(message.shards, "shards", &mut found);
     let dtype = match spec.dtype {
         wire::ExportDtype::Source => engine::ExportDtype::Source,
         wire::ExportDtype::Bf16 => engine::ExportDtype::Bf16,
@@ -333,16 +422,48 @@ fn checked_export(message: pb::ExportRequest, roots: &Roots) -> Result<ExportJob
     let job = found.finish(ExportJob {
         model,
         recipe,
-        shards,
+        shards: Vec::new(),
         keep_mask,
         out,
         dtype,
         max_shard_bytes: spec.max_shard_bytes,
         run_id: message.run_id,
     })?;
-    let folder = ModelFolder::open(&job.model).map_err(|error| failure::of_model(&error))?;
-    mask::check_fits(&job.keep_mask, folder.spec(), "keep_mask")?;
-    Ok(job)
+    let model = ModelFolder::open(&job.model).map_err(|error| failure::of_model(&error))?;
+    mask::check_fits(&job.keep_mask, model.spec(), "keep_mask")?;
+    let folder =
+        folder.map_err(|()| Failure::new(Reason::Internal, "a refused checkpoint was let through"))?;
+    Ok(Export { job, folder, files, replace: message.replace })
+}
+
+/// Removes what an export that was cut off after its last rename has left. Nothing but a whole export is touched.
+fn remove_export(out: &Path) -> Result<(), Failure> {
+    let whole = ["espalier_manifest.json", "manifest.json"].iter().any(|name| out.join(name).is_file());
+    if !whole {
+        return Ok(());
+    }
+    std::fs::remove_dir_all(out).map_err(|error| {
+        let message = format!("`{}` of the export before cannot be removed: {error}", out.display());
+        Failure::new(Reason::BadFile, message)
+    })
+}
+
+/// Writes a snapshot to where it belongs.
+async fn written(
+    folder: CheckpointFolder,
+    file: String,
+    snapshot: Box<dyn engine::Snapshot>,
+) -> Result<pb::CheckpointShard, Failure> {
+    let place = folder.place(&file);
+    let (sha256, size_bytes) = blocking(move || {
+        let sha256 = snapshot.write(&place).map_err(|error| failure::of_engine(&error))?;
+        let size_bytes = std::fs::metadata(&place).map_or(0, |metadata| metadata.len());
+        Ok((sha256, size_bytes))
+    })
+    .await?;
+    folder.deliver(&file).await?;
+    info!(file, sha256, size_bytes, "checkpoint written");
+    Ok(pb::CheckpointShard { file, sha256, size_bytes })
 }
 
 /// Runs what blocks on the file system or computes for long off the async threads.
@@ -372,6 +493,7 @@ fn backend(number: i32) -> Result<CollectiveBackend, Failure> {
 impl WorkerService for WorkerRpc {
     type TrainStream = SessionStream<pb::TrainResponse>;
     type EvaluateTaskStream = SessionStream<pb::EvaluateTaskResponse>;
+    type CheckpointStream = SessionStream<pb::CheckpointResponse>;
 
     async fn describe(
         &self,
@@ -393,9 +515,19 @@ impl WorkerService for WorkerRpc {
 
     async fn load(&self, request: Request<pb::LoadRequest>) -> Result<Response<pb::LoadResponse>, Status> {
         let (inner, message) = (Arc::clone(&self.inner), request.into_inner());
-        let load = blocking(move || Load::checked(message, &inner.roots, inner.collective_timeout)).await?;
-        let Load { session_id, shard, data } = load;
+        let load = blocking(move || Load::checked(message, &inner.allowed, inner.collective_timeout)).await?;
+        let Load { session_id, mut shard, data, restore } = load;
         let (session, starter, device_free) = self.replace_session(session_id)?;
+        shard.progress = Arc::clone(session.end.shard());
+        if let Some(restore) = restore {
+            match restore.fetch().await {
+                Ok(restore) => shard.restore = Some(restore),
+                Err(failure) => {
+                    tokio::spawn(starter.give_up(failure.clone(), device_free));
+                    return Err(failure.into());
+                }
+            }
+        }
         info!(session_id = session.id, model = %shard.model.display(), tp_rank = shard.tp_rank, "session begins");
         let setup = SessionSetup {
             engine: Arc::clone(&self.inner.engine),
@@ -499,18 +631,33 @@ impl WorkerService for WorkerRpc {
     async fn checkpoint(
         &self,
         request: Request<pb::CheckpointRequest>,
-    ) -> Result<Response<pb::CheckpointResponse>, Status> {
-        let pb::CheckpointRequest { session_id, path } = request.into_inner();
+    ) -> Result<Response<Self::CheckpointStream>, Status> {
+        let pb::CheckpointRequest { session_id, url, with_logits } = request.into_inner();
         let session = self.session(&session_id)?;
         let inner = Arc::clone(&self.inner);
         let folder = blocking(move || {
-            let mut found = Violations::default();
-            let folder = located(inner.roots.output(path), "path", &mut found);
-            Ok(found.finish(folder)?)
+            inner.allowed.output(&url).map_err(|problem| Failure::invalid_field("url", problem))
         })
         .await?;
-        let written = session.call(|reply| Command::Checkpoint { folder, reply }).await?;
-        Ok(Response::new(pb::CheckpointResponse { file: written.file, sha256: written.sha256 }))
+        let permit = Arc::clone(&self.inner.writing).acquire_owned().await;
+        let permit = permit.map_err(|_| Failure::new(Reason::ShuttingDown, "the worker is shutting down"))?;
+        let Taken { file, snapshot } = session.call(|reply| Command::Snapshot { with_logits, reply }).await?;
+        let (sink, items) = mpsc::channel(2);
+        let size_bytes = snapshot.size_bytes();
+        let response = |kind| pb::CheckpointResponse { kind: Some(kind) };
+        let taken = Kind::Snapshot(pb::CheckpointSnapshot { size_bytes });
+        // There is room for both messages.
+        let _ = sink.try_send(Ok(response(taken)));
+        let writing = async move {
+            let _permit = permit;
+            let written = written(folder, file, snapshot).await;
+            if let Err(failure) = &written {
+                warn!(error = %failure, "checkpoint not written");
+            }
+            let _ = sink.send(written.map(|shard| response(Kind::Shard(shard))).map_err(Status::from)).await;
+        };
+        tokio::spawn(writing.in_current_span());
+        Ok(Response::new(SessionStream::new(items, session.end.clone())))
     }
 
     async fn export(
@@ -523,9 +670,17 @@ impl WorkerService for WorkerRpc {
         })?;
         let inner = Arc::clone(&self.inner);
         let path = message.export.as_ref().map(|export| export.path.clone()).unwrap_or_default();
+        let checked = Arc::clone(&self.inner);
+        let Export { mut job, folder, files, replace } =
+            blocking(move || checked_export(message, &checked.allowed)).await?;
+        for (file, sha256) in files {
+            job.shards.push((folder.fetch(&file).await?, sha256));
+        }
         let written = blocking(move || {
-            let _permit = permit;
-            let job = checked_export(message, &inner.roots)?;
+            let (_permit, _folder) = (permit, folder);
+            if replace {
+                remove_export(&job.out)?;
+            }
             info!(run_id = job.run_id, out = %job.out.display(), "export begins");
             inner.engine.export(&job).map_err(|error| failure::of_engine(&error))
         })

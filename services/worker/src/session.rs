@@ -1,12 +1,13 @@
 //! A session as the async side sees it: a name, a bounded queue of orders to the device thread, and its end.
 
 use crate::device_thread::{self, Command, Loaded, Order, SessionSetup};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tracing::Span;
+use wire::pb;
 use wire::status::{Failure, Reason};
 
 /// Calls that may wait while another is at work.
@@ -18,6 +19,7 @@ const STACK_BYTES: usize = 16 << 20;
 pub(crate) struct SessionEnd {
     token: CancellationToken,
     why: Arc<OnceLock<Failure>>,
+    shard: Arc<engine::Progress>,
 }
 
 impl SessionEnd {
@@ -25,6 +27,12 @@ impl SessionEnd {
         // A later reason is a consequence of the first.
         let _ = self.why.set(why);
         self.token.cancel();
+        self.shard.give_up();
+    }
+
+    /// How far the shard is.
+    pub(crate) fn shard(&self) -> &Arc<engine::Progress> {
+        &self.shard
     }
 
     pub(crate) fn is_over(&self) -> bool {
@@ -51,6 +59,8 @@ pub(crate) struct Progress {
     pub(crate) generation: AtomicU64,
     pub(crate) next_step: AtomicU64,
     pub(crate) memory_bytes: AtomicU64,
+    /// The device thread obeys an order, and does not wait for one.
+    pub(crate) working: AtomicBool,
 }
 
 /// The handle of a session. Its thread ends when `end` is over, whatever else holds the handle.
@@ -95,6 +105,17 @@ impl Session {
 
     pub(crate) fn memory_bytes(&self) -> u64 {
         self.progress.memory_bytes.load(Ordering::Relaxed)
+    }
+
+    /// How far the device thread is, for the coordinator.
+    pub(crate) fn advance(&self) -> pb::WorkerProgress {
+        let counts = self.end.shard().counts();
+        pb::WorkerProgress {
+            ticks: counts.ticks,
+            working: self.progress.working.load(Ordering::Relaxed),
+            collectives_entered: counts.collectives_entered,
+            collectives_left: counts.collectives_left,
+        }
     }
 
     /// Hands a command to the device thread and waits for its answer, or for the session's end.

@@ -74,12 +74,11 @@ impl Cluster {
         let loopback = SocketAddr::from(([127, 0, 0, 1], 0));
         let listener = ListenArgs::default().bind(loopback).await.expect("a free port");
         let address = listener.address();
+        let roots = RootArgs { roots: vec![root.path().to_owned(), fixtures()] };
         let mut config = CoordinatorConfig {
-            roots: RootArgs { roots: vec![root.path().to_owned(), fixtures()] },
-            data_dir: root.path().join("data"),
-            checkpoint_dir: None,
             lease_seconds: LEASE_SECONDS,
             step_deadline_seconds: 30,
+            ..CoordinatorConfig::new(roots, root.path().join("data"))
         };
         change(&mut config);
         let shutdown = CancellationToken::new();
@@ -118,6 +117,8 @@ impl Cluster {
             roots: RootArgs { roots: vec![self.root.path().to_owned(), fixtures()] },
             collective_timeout: Duration::from_secs(20),
             register_timeout: Duration::from_secs(20),
+            object_stores: Vec::new(),
+            drain: Duration::from_secs(10),
         };
         runtime.spawn(worker::run(config, engine, stop.clone()));
         self.workers.push(Worker { id: id.to_owned(), runtime: Some(runtime), stop });
@@ -202,6 +203,7 @@ impl Cluster {
                 ..Default::default()
             }),
             export: Some(pb::ExportSpec { path: self.path(out), ..Default::default() }),
+            durability: Some(pb::DurabilitySpec { max_restarts: Some(0), ..Default::default() }),
             ..Default::default()
         }
     }

@@ -104,6 +104,8 @@ impl Rank {
             tp_rank,
             tp_degree: options.ranks,
             collective_timeout: TIMEOUT,
+            restore: None,
+            progress: std::sync::Arc::default(),
         };
         let engine = TchEngine::new(device, options.formats.threads, "worker".into())
             .with_backend(CollectiveBackend::Gloo);

@@ -63,6 +63,8 @@ pub(super) fn answer(options: &StepOptions) -> Result<Value, Failure> {
         tp_rank: 0,
         tp_degree: 1,
         collective_timeout: TIMEOUT,
+        restore: None,
+        progress: std::sync::Arc::default(),
     };
     let mut shard = engine.load(setup)?;
     synchronize(device)?;

@@ -5,6 +5,8 @@ use super::{Communicator, ReduceOp};
 use crate::fault::{Fault, Result};
 use crate::ffi;
 use std::ffi::{CString, c_int};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 use tch::Tensor;
 
@@ -59,22 +61,27 @@ pub(crate) struct Gloo {
     raw: *mut ffi::RawGroup,
     tp_rank: usize,
     tp_degree: usize,
+    /// What the group looks at; it lives as long.
+    _gives_up: Arc<AtomicBool>,
     /// Outlives the group: rank 0's store is the server that the others talk to.
     _store: Store,
 }
 
 impl Gloo {
-    /// Joins the group that meets in `store`; sockets listen on `host`. Waits for all ranks, at most `timeout`.
+    /// Joins the group that meets in `store`; sockets listen on `host`. Waits for all ranks, at most `timeout`. A collective
+    /// ends within a fraction of a second once `gives_up` is set.
     pub(crate) fn join(
         store: Store,
         host: &str,
         tp_rank: usize,
         tp_degree: usize,
         timeout: Duration,
+        gives_up: Arc<AtomicBool>,
     ) -> Result<Self> {
         let host = c_string(host)?;
         let mut raw = std::ptr::null_mut();
-        // SAFETY: the pointers are live for the call; on success `raw` owns a group.
+        // SAFETY: the pointers are live for the call; on success `raw` owns a group, which looks at `gives_up` as long as
+        // it lives, and `Self` keeps that. An AtomicBool is laid out as a bool, and so is C++'s atomic of one.
         let message = unsafe {
             ffi::esp_gloo_new(
                 store.raw,
@@ -82,11 +89,12 @@ impl Gloo {
                 tp_rank as c_int,
                 tp_degree as c_int,
                 milliseconds(timeout),
+                Arc::as_ptr(&gives_up),
                 &raw mut raw,
             )
         };
         ffi::check(message, Fault::Collective)?;
-        Ok(Self { raw, tp_rank, tp_degree, _store: store })
+        Ok(Self { raw, tp_rank, tp_degree, _gives_up: gives_up, _store: store })
     }
 }
 

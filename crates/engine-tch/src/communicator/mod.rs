@@ -3,6 +3,7 @@
 mod gloo;
 mod meeting;
 mod nccl;
+mod watched;
 
 use crate::fault::Result;
 use tch::Tensor;
@@ -10,6 +11,7 @@ use tch::Tensor;
 pub(crate) use gloo::{Gloo, Store};
 pub(crate) use meeting::Meeting;
 pub(crate) use nccl::{Nccl, unique_id};
+pub(crate) use watched::Watched;
 
 /// Values follow c10d's `ReduceOp`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

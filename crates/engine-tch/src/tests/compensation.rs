@@ -137,6 +137,8 @@ fn shard(model: &str, recipe: Recipe) -> Shard {
         tp_rank: 0,
         tp_degree: 1,
         collective_timeout: Duration::from_secs(10),
+        restore: None,
+        progress: std::sync::Arc::default(),
     };
     let mut shard = Shard::load(setup, Device::Cpu).unwrap();
     // Fresh factors have no effect; these have one.
@@ -354,7 +356,7 @@ fn a_checkpoint_has_what_compensation_made_of_o_and_down() {
         let mut shard = shard(model, recipe);
         shard.apply_mask(1, &smaller(model), &as_rows(&windows(model, 4))).unwrap();
         let file = scratch.path().join(format!("{storage:?}.safetensors"));
-        let digest = shard.checkpoint(&file, &windows(model, 1)).unwrap();
+        let digest = shard.snapshot(&windows(model, 1)).unwrap().write(&file).unwrap();
         let state = crate::state_file::RankState::read(&file, &digest, 0, 1).unwrap();
         for (layer, weights) in shard.model.layers.iter().enumerate() {
             for which in Narrowing::BOTH {

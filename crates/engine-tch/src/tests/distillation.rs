@@ -187,6 +187,8 @@ fn shard(distillation: Option<Distillation>) -> std::result::Result<Shard, Engin
         tp_rank: 0,
         tp_degree: 1,
         collective_timeout: Duration::from_secs(5),
+        restore: None,
+        progress: std::sync::Arc::default(),
     };
     Ok(Shard::load(setup, Device::Cpu)?)
 }

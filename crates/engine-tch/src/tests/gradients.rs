@@ -133,6 +133,8 @@ fn shard(model: &str, criterion: Criterion) -> Shard {
         tp_rank: 0,
         tp_degree: 1,
         collective_timeout: Duration::from_secs(5),
+        restore: None,
+        progress: std::sync::Arc::default(),
     };
     let mut shard = Shard::load(setup, Device::Cpu).unwrap();
     set_factors(&mut shard, &spec, &initial(&spec));

@@ -100,6 +100,8 @@ pub(crate) fn run(inputs: &RunInputs) -> RunRecord {
                     tp_rank,
                     tp_degree: degree,
                     collective_timeout: Duration::from_secs(60),
+                    restore: None,
+                    progress: std::sync::Arc::default(),
                 };
                 tch::set_num_threads(1);
                 let mut shard = Shard::load(setup, Device::Cpu).unwrap();

@@ -16,9 +16,16 @@ fn logits_of(model: &str, kind: Kind, rows: &[&[u32]]) -> Tensor {
     let source = Source::open(&fixtures().join("models").join(model)).unwrap();
     let spec = source.spec();
     let held = Placement::dense(spec, 1).unwrap().ranks.remove(0);
-    let mut loaded =
-        Model::load(&source, &held, 0..spec.vocab_size, FrozenFormat::Dense(kind), kind, Device::Cpu)
-            .unwrap();
+    let mut loaded = Model::load(
+        &source,
+        &held,
+        0..spec.vocab_size,
+        FrozenFormat::Dense(kind),
+        kind,
+        Device::Cpu,
+        &engine::Progress::default(),
+    )
+    .unwrap();
     let layout = FactorLayout::new(spec, &held, 1);
     let factors = layout.zeros(kind, Device::Cpu).unwrap();
     let adapters =

@@ -279,6 +279,8 @@ fn setup(model: &str, precision: Precision) -> ShardSetup {
         tp_rank: 0,
         tp_degree: 1,
         collective_timeout: Duration::from_secs(5),
+        restore: None,
+        progress: std::sync::Arc::default(),
     }
 }
 

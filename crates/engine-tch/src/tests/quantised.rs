@@ -66,6 +66,8 @@ fn shard(model: &Path, storage: Storage, compute: Compute) -> Shard {
         tp_rank: 0,
         tp_degree: 1,
         collective_timeout: Duration::from_secs(5),
+        restore: None,
+        progress: std::sync::Arc::default(),
     };
     let shard = Shard::load(setup, Device::Cpu).unwrap();
     // Fresh factors have no B, and so no gradient of A.

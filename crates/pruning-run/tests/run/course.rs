@@ -1,6 +1,6 @@
 //! The course of a run: what follows what, and how it ends.
 
-use crate::world::{NOW, World, model, options, recipe, report, run_to_end, setup, shaped};
+use crate::world::{NOW, World, id, model, options, recipe, report, run_to_end, setup, shaped};
 use model_spec::Projection;
 use pruning_run::{
     Effect, Event, Fault, Generation, RankReport, Refusal, Run, RunOptions, RunSetup, RunState, TaskScore,
@@ -71,7 +71,7 @@ fn what_is_not_asked_for_does_not_happen() {
         assert!(world.last_message().ends_with(last), "{}", world.last_message());
         let labels: Vec<String> = world.evaluations().into_iter().map(|(label, _)| label).collect();
         assert_eq!(labels, evaluations);
-        assert_eq!(world.run.shards().is_some(), steps > 0 || options.exports);
+        assert_eq!(!world.checkpoints().is_empty(), steps > 0 || options.exports);
     }
 }
 
@@ -95,8 +95,8 @@ fn the_random_criterion_needs_no_scores() {
 
 #[test]
 fn a_queued_run_says_what_it_waits_for_once_per_change() {
-    let (mut run, effects) = Run::new(setup(recipe(), 2, options()), NOW);
-    assert_eq!(effects.len(), 1);
+    let (mut run, effects) = Run::new(id(), setup(recipe(), 2, options()), None, NOW);
+    assert_eq!(effects.len(), 2);
     for (idle, registered, ahead, expected) in [
         (0, 0, 0, Some("needs 2 idle workers; none is registered")),
         (1, 3, 0, Some("needs 2 idle workers; 1 of 3 registered are idle")),
@@ -112,7 +112,7 @@ fn a_queued_run_says_what_it_waits_for_once_per_change() {
 }
 
 #[test]
-fn a_cancelled_run_ends_its_sessions_and_nothing_comes_after() {
+fn a_run_cancelled_at_once_ends_its_sessions_and_nothing_comes_after() {
     let setup = setup(recipe(), 2, options());
     let whole = run_to_end(&setup, 100, &[]).delivered.len();
     for after in 0..whole - 1 {
@@ -123,17 +123,20 @@ fn a_cancelled_run_ends_its_sessions_and_nothing_comes_after() {
         if world.run.state().has_ended() {
             continue;
         }
-        let (run, effects) =
-            transition(world.run.clone(), Event::CancelRequested { reason: "cancelled".into() }, NOW);
+        let (run, effects) = transition(world.run.clone(), cancelled(), NOW);
         assert_eq!(run.state(), RunState::Cancelled);
-        assert_eq!(effects.last(), Some(&Effect::AbortSessions));
-        let (again, effects) = transition(run, Event::CancelRequested { reason: "again".into() }, NOW);
+        assert_eq!(effects[effects.len() - 2..], [Effect::AbortSessions, Effect::ReleaseWorkers]);
+        let (again, effects) = transition(run, cancelled(), NOW);
         assert_eq!((again.state(), effects), (RunState::Cancelled, vec![]));
     }
-    let (queued, _) = Run::new(setup, NOW);
-    let (run, effects) = transition(queued, Event::CancelRequested { reason: "cancelled".into() }, NOW);
+    let (queued, _) = Run::new(id(), setup, None, NOW);
+    let (run, effects) = transition(queued, cancelled(), NOW);
     assert_eq!(run.state(), RunState::Cancelled);
-    assert!(!effects.contains(&Effect::AbortSessions), "a queued run has no sessions");
+    assert_eq!(effects.last(), Some(&Effect::LeaveQueue), "a queued run has no sessions");
+}
+
+fn cancelled() -> Event {
+    Event::CancelRequested { reason: "cancelled".into(), discard: true }
 }
 
 /// A world whose workers train the first stretch of steps and have said nothing of it yet.
@@ -160,7 +163,7 @@ fn scores(
 #[test]
 fn every_breach_fails_the_run_and_names_rank_worker_and_place() {
     let ended = |report: RankReport| Event::StepEnded { tp_rank: 1, report };
-    let good = report(0, Generation(0));
+    let good = || report(0, Generation(0));
     for (event, expected) in [
         (scores(1, 0, 0, 2, 0, &[1.0, f64::NAN]), "layer 2 `up_proj`: score of unit 11 is NaN"),
         (scores(1, 0, 0, 2, 0, &[f64::INFINITY]), "layer 2 `up_proj`: score of unit 10 is inf"),
@@ -169,11 +172,11 @@ fn every_breach_fails_the_run_and_names_rank_worker_and_place() {
         (scores(1, 0, 0, 0, usize::MAX, &[1.0; 3]), "but holds 10"),
         (scores(1, 1, 0, 0, 0, &[1.0]), "it sent scores of step 1; its step 0 is due"),
         (scores(1, 0, 1, 0, 0, &[1.0]), "it sent scores of generation 1; generation 0 is in force"),
-        (ended(RankReport { loss: f64::NAN, ..good }), "loss of step 0 is NaN"),
-        (ended(RankReport { grad_norm: f64::INFINITY, ..good }), "gradient norm of step 0 is inf"),
-        (ended(RankReport { step: 2, ..good }), "it sent a report of step 2; its step 0 is due"),
-        (ended(RankReport { generation: Generation(7), ..good }), "generation 7; generation 0 is in force"),
-        (Event::TrainEnded { tp_rank: 1 }, "its stream ended before step 0 of 3"),
+        (ended(RankReport { loss: f64::NAN, ..good() }), "loss of step 0 is NaN"),
+        (ended(RankReport { grad_norm: f64::INFINITY, ..good() }), "gradient norm of step 0 is inf"),
+        (ended(RankReport { step: 2, ..good() }), "it sent a report of step 2; its step 0 is due"),
+        (ended(RankReport { generation: Generation(7), ..good() }), "generation 7; generation 0 is in force"),
+        (Event::TrainEnded { tp_rank: 1 }, "its stream ended before step 0 of 1"),
         (
             Event::RankFailed { tp_rank: 1, fault: Fault::Own("out of memory".into()) },
             "failed while training step 0: out of memory",

@@ -52,7 +52,16 @@ pub(crate) async fn run(args: EvalArgs) -> Result<(), Failure> {
         match &event.kind {
             Some(Kind::Evaluation(evaluation)) => measured.evaluations.push(evaluation.clone()),
             Some(Kind::Task(result)) => measured.tasks.push(result.clone()),
-            Some(Kind::StateChange(_) | Kind::Step(_) | Kind::Decision(_) | Kind::Export(_)) | None => {}
+            Some(
+                Kind::StateChange(_)
+                | Kind::Step(_)
+                | Kind::Decision(_)
+                | Kind::Export(_)
+                | Kind::Checkpoint(_)
+                | Kind::Restart(_)
+                | Kind::Guard(_),
+            )
+            | None => {}
         }
         Ok(())
     })

@@ -1,7 +1,8 @@
 //! Commands that ask a running coordinator.
 
 use crate::args::{
-    CreateArgs, EvaluateArgs, ExportArgs, ListArgs, MaskArgs, RemoteArgs, RunIdArgs, WatchArgs, WorkersArgs,
+    CancelArgs, CreateArgs, DrainArgs, EvaluateArgs, ExportArgs, ForkArgs, ListArgs, MaskArgs, RemoteArgs,
+    RunIdArgs, WatchArgs, WorkersArgs,
 };
 use crate::failure::{Failure, from_status};
 use crate::follow::follow;
@@ -25,13 +26,17 @@ const LONG_CALL: Duration = Duration::from_secs(6 * 3600);
 /// Runs asked for at a time.
 const PAGE: u32 = 1000;
 
-async fn connect(remote: &RemoteArgs) -> Result<(Channel, Telemetry), Failure> {
+pub(super) async fn connect(remote: &RemoteArgs) -> Result<(Channel, Telemetry), Failure> {
     let telemetry = telemetry::to_stderr()?;
     Ok((connected_channel(&remote.coordinator).await?, telemetry))
 }
 
 /// Prints the answer as JSON, or as `table` puts it.
-fn show<M: Named>(remote: &RemoteArgs, message: &M, table: impl FnOnce(&M) -> String) -> Result<(), Failure> {
+pub(super) fn show<M: Named>(
+    remote: &RemoteArgs,
+    message: &M,
+    table: impl FnOnce(&M) -> String,
+) -> Result<(), Failure> {
     if remote.json {
         say(pretty(&to_json(message)?)?.trim_end());
     } else {
@@ -40,7 +45,7 @@ fn show<M: Named>(remote: &RemoteArgs, message: &M, table: impl FnOnce(&M) -> St
     Ok(())
 }
 
-fn refused(doing: &str) -> impl FnOnce(Status) -> Failure + '_ {
+pub(super) fn refused(doing: &str) -> impl FnOnce(Status) -> Failure + '_ {
     move |status| from_status(doing, &status)
 }
 
@@ -96,6 +101,8 @@ pub(crate) async fn list(args: ListArgs) -> Result<(), Failure> {
         let message = pb::ListRunsRequest {
             page_size: left.min(PAGE),
             page_token: std::mem::take(&mut all.next_page_token),
+            filter: args.filter.clone(),
+            order_by: args.order_by.clone(),
         };
         let request = within(limits::QUICK_CALL, message);
         let page =
@@ -149,17 +156,84 @@ async fn watch_run(mut client: RunClient, id: &str, from: u64, json: bool) -> Re
 }
 
 /// # Errors
-/// When there is no such run or no coordinator.
-pub(crate) async fn cancel(args: RunIdArgs) -> Result<(), Failure> {
+/// When there is no such run, it cannot be paused any more, or there is no coordinator.
+pub(crate) async fn pause(args: RunIdArgs) -> Result<(), Failure> {
     let (channel, _telemetry) = connect(&args.remote).await?;
-    let request = within(limits::QUICK_CALL, pb::CancelRunRequest { id: args.id });
-    let response = run_client(channel)
-        .cancel_run(request)
+    let request = within(limits::QUICK_CALL, pb::PauseRunRequest { id: args.id });
+    let paused = run_client(channel).pause_run(request).await.map_err(refused("the run cannot be paused"))?;
+    show_run(&args.remote, paused.into_inner().run)
+}
+
+/// # Errors
+/// When there is no such run, it has ended, or there is no coordinator.
+pub(crate) async fn resume(args: RunIdArgs) -> Result<(), Failure> {
+    let (channel, _telemetry) = connect(&args.remote).await?;
+    let request = within(limits::QUICK_CALL, pb::ResumeRunRequest { id: args.id });
+    let resumed = run_client(channel).resume_run(request).await.map_err(refused("the run cannot go on"))?;
+    show_run(&args.remote, resumed.into_inner().run)
+}
+
+/// # Errors
+/// When there is no such run or no coordinator.
+pub(crate) async fn cancel(args: CancelArgs) -> Result<(), Failure> {
+    let (channel, _telemetry) = connect(&args.remote).await?;
+    let message = pb::CancelRunRequest { id: args.id, discard: args.discard };
+    let cancelled = run_client(channel)
+        .cancel_run(within(limits::QUICK_CALL, message))
         .instrument(info_span!("cancel run"))
         .await
         .map_err(refused("the run cannot be cancelled"))?;
-    let run = response.into_inner().run;
-    show(&args.remote, &pb::GetRunResponse { run }, |response| run_or_none(&response.run))
+    show_run(&args.remote, cancelled.into_inner().run)
+}
+
+/// # Errors
+/// When there is no such run, it has not ended, or there is no coordinator.
+pub(crate) async fn delete(args: RunIdArgs) -> Result<(), Failure> {
+    let (channel, _telemetry) = connect(&args.remote).await?;
+    let request = within(limits::QUICK_CALL, pb::DeleteRunRequest { id: args.id.clone() });
+    run_client(channel).delete_run(request).await.map_err(refused("the run cannot be deleted"))?;
+    if !args.remote.json {
+        say(format!("run {} is deleted", args.id));
+    }
+    Ok(())
+}
+
+/// # Errors
+/// When there is no such decision, its checkpoint was not kept, or the new run cannot go on from there.
+pub(crate) async fn fork(args: ForkArgs) -> Result<(), Failure> {
+    let spec = args.file.as_deref().map(RunFile::read).transpose()?.map(|file| file.to_spec());
+    let (channel, _telemetry) = connect(&args.remote).await?;
+    let message = pb::ForkRunRequest {
+        id: args.id,
+        generation: args.generation,
+        spec,
+        stop_pruning: args.stop_pruning,
+        validate_only: args.validate_only,
+        request_id: args.request_id.unwrap_or_else(|| uuid::Uuid::new_v4().to_string()),
+    };
+    let forked = run_client(channel)
+        .fork_run(within(limits::QUICK_CALL, message))
+        .instrument(info_span!("fork run"))
+        .await
+        .map_err(refused("the run cannot be forked"))?;
+    show_run(&args.remote, forked.into_inner().run)
+}
+
+/// # Errors
+/// When there is no such worker or no coordinator.
+pub(crate) async fn drain(args: DrainArgs) -> Result<(), Failure> {
+    let (channel, _telemetry) = connect(&args.remote).await?;
+    let request = within(limits::QUICK_CALL, pb::DrainWorkerRequest { worker_id: args.worker_id });
+    let drained = registry_client(channel)
+        .drain_worker(request)
+        .await
+        .map_err(refused("the worker cannot be drained"))?;
+    let worker = drained.into_inner().worker.unwrap_or_default();
+    show(&args.remote, &worker, |worker| tables::workers_table(std::slice::from_ref(worker)))
+}
+
+fn show_run(remote: &RemoteArgs, run: Option<pb::Run>) -> Result<(), Failure> {
+    show(remote, &pb::GetRunResponse { run }, |response| run_or_none(&response.run))
 }
 
 /// # Errors

@@ -74,7 +74,14 @@ impl History {
         }
         match &event.kind {
             Some(Kind::StateChange(change)) => self.state = Some(change.clone()),
-            Some(Kind::Step(report)) => self.steps.push(StepPoint::from(report)),
+            Some(Kind::Step(report)) if report.skipped.is_empty() => self.steps.push(StepPoint::from(report)),
+            // Its loss is no number.
+            Some(Kind::Step(_)) => {}
+            Some(Kind::Restart(restart)) => {
+                let next_step = usize::try_from(restart.next_step).unwrap_or(usize::MAX);
+                self.steps.truncate(next_step);
+            }
+            Some(Kind::Checkpoint(_) | Kind::Guard(_)) => {}
             Some(Kind::Decision(decision)) => self.decisions.push(decision.clone()),
             Some(Kind::Evaluation(evaluation)) => self.evaluations.push(evaluation.clone()),
             // The page shows perplexities alone.

@@ -36,6 +36,11 @@ pub(crate) struct RegistryState {
     /// Nothing is answered.
     pub(crate) silent: AtomicBool,
     pub(crate) refuse: bool,
+    /// A run holds the worker.
+    pub(crate) holds: AtomicBool,
+    /// The worker has asked for its run to be taken off it.
+    pub(crate) draining: AtomicBool,
+    pub(crate) deregistered: AtomicBool,
 }
 
 #[derive(Clone)]
@@ -61,16 +66,39 @@ impl RegistryService for Registry {
         }
         self.0.registered.lock().unwrap().push(request.into_inner().info.unwrap());
         let lease_duration = Some(time::duration_to_pb(self.0.lease));
-        Ok(Response::new(pb::RegisterResponse { lease_id: "lease".into(), lease_duration }))
+        Ok(Response::new(pb::RegisterResponse {
+            lease_id: "lease".into(),
+            lease_duration,
+            renew_interval: None,
+        }))
     }
     async fn renew(&self, request: Request<pb::RenewRequest>) -> Result<Response<pb::RenewResponse>, Status> {
         self.stay_silent_if_told().await;
         if self.0.forget.swap(false, Ordering::SeqCst) {
             return Err(Failure::new(Reason::LeaseNotFound, "the lease has run out").into());
         }
-        self.0.steps_done.store(request.into_inner().steps_done, Ordering::SeqCst);
+        let pb::RenewRequest { steps_done, draining, .. } = request.into_inner();
+        self.0.steps_done.store(steps_done, Ordering::SeqCst);
         self.0.renewals.fetch_add(1, Ordering::SeqCst);
-        Ok(Response::new(pb::RenewResponse { lease_duration: Some(time::duration_to_pb(self.0.lease)) }))
+        self.0.draining.fetch_or(draining, Ordering::SeqCst);
+        Ok(Response::new(pb::RenewResponse {
+            lease_duration: Some(time::duration_to_pb(self.0.lease)),
+            idle: !self.0.holds.load(Ordering::SeqCst),
+            draining,
+        }))
+    }
+    async fn deregister(
+        &self,
+        _: Request<pb::DeregisterRequest>,
+    ) -> Result<Response<pb::DeregisterResponse>, Status> {
+        self.0.deregistered.store(true, Ordering::SeqCst);
+        Ok(Response::new(pb::DeregisterResponse {}))
+    }
+    async fn drain_worker(
+        &self,
+        _: Request<pb::DrainWorkerRequest>,
+    ) -> Result<Response<pb::DrainWorkerResponse>, Status> {
+        Ok(Response::new(pb::DrainWorkerResponse::default()))
     }
     async fn list_workers(
         &self,
@@ -92,6 +120,9 @@ pub(crate) async fn start_registry(
         steps_done: AtomicU64::new(0),
         forget: AtomicBool::new(false),
         silent: AtomicBool::new(false),
+        holds: AtomicBool::new(false),
+        draining: AtomicBool::new(false),
+        deregistered: AtomicBool::new(false),
     });
     let listener = ListenArgs::default().bind(([127, 0, 0, 1], 0).into()).await.unwrap();
     let url = format!("http://{}", listener.address());
@@ -143,6 +174,8 @@ pub(crate) fn config(coordinator: &str, scratch: &Path) -> WorkerConfig {
         roots: RootArgs { roots: vec![scratch.to_owned(), fixtures()] },
         collective_timeout: Duration::from_secs(2),
         register_timeout: Duration::from_secs(5),
+        object_stores: Vec::new(),
+        drain: Duration::from_secs(5),
     }
 }
 
@@ -161,6 +194,23 @@ pub(crate) async fn start_with_lease(engine: ToyEngine, lease: Duration) -> Harn
     let endpoint = registry.registered.lock().unwrap()[0].endpoint.clone();
     let client = client::worker_client(client::connected_channel(&endpoint).await.unwrap());
     Harness { client, registry, stop, ended, scratch, spec, registry_stop, _folder: folder }
+}
+
+/// A checkpoint of the session, once it is written.
+pub(crate) async fn checkpoint(
+    client: &mut WorkerClient,
+    session_id: &str,
+    url: &str,
+) -> Result<pb::CheckpointShard, Status> {
+    use pb::checkpoint_response::Kind;
+    let message = pb::CheckpointRequest { session_id: session_id.into(), url: url.into(), with_logits: true };
+    let mut stream = client.checkpoint(request(message)).await?.into_inner();
+    let first = stream.message().await?.and_then(|message| message.kind);
+    assert!(matches!(first, Some(Kind::Snapshot(_))), "the snapshot is told of first");
+    match stream.message().await?.and_then(|message| message.kind) {
+        Some(Kind::Shard(shard)) => Ok(shard),
+        other => panic!("a file was expected, not {other:?}"),
+    }
 }
 
 /// Waits until `holds`, within the deadline.
@@ -213,6 +263,7 @@ pub(crate) fn load_request() -> pb::LoadRequest {
             ..Default::default()
         }),
         tasks: None,
+        restore: None,
     }
 }
 

@@ -1,7 +1,7 @@
 //! What a worker refuses, and with which status.
 
 use crate::harness::{
-    Harness, SESSION, fixtures, load_request, request, source, start, task_file, tasks, toy,
+    Harness, SESSION, checkpoint, fixtures, load_request, request, source, start, task_file, tasks, toy,
 };
 use pruning::KeepMask;
 use tonic::{Code, Status};
@@ -65,8 +65,13 @@ async fn every_call_of_a_session_needs_the_current_one() {
                 .await
                 .unwrap_err(),
             client
-                .checkpoint(request(pb::CheckpointRequest { session_id: session_id(), path: "/".into() }))
+                .checkpoint(request(pb::CheckpointRequest {
+                    session_id: session_id(),
+                    url: "file:///".into(),
+                    with_logits: false,
+                }))
                 .await
+                .map(drop)
                 .unwrap_err(),
         ];
         for status in refused {
@@ -334,16 +339,17 @@ async fn a_session_without_held_out_text_measures_nothing() {
 async fn checkpoints_and_exports_stay_below_the_roots() {
     let mut worker = start(toy()).await;
     worker.load().await;
-    for path in ["", "relative", "/etc/espalier", "/"] {
-        let message = pb::CheckpointRequest { session_id: SESSION.into(), path: path.into() };
-        let status = worker.client.checkpoint(request(message)).await.unwrap_err();
-        assert_eq!(fields(&status), ["path"], "{path:?}");
+    for url in
+        ["", "relative", "/tmp", "file:///etc/espalier", "file:///", "file:///tmp/../etc", "s3://bucket/x"]
+    {
+        let status = checkpoint(&mut worker.client, SESSION, url).await.unwrap_err();
+        assert_eq!(fields(&status), ["url"], "{url:?}");
     }
     let good = good_export(&mut worker).await;
     type Change = fn(&mut pb::ExportRequest);
     let cases: [(Change, &str); 9] = [
         (|message| message.model = "/etc".into(), "model"),
-        (|message| message.checkpoint = "/etc".into(), "checkpoint"),
+        (|message| message.checkpoint = "file:///etc".into(), "checkpoint"),
         (|message| message.shards.clear(), "shards"),
         (|message| message.shards[0].file = "../rank-0.safetensors".into(), "shards[0].file"),
         (|message| message.shards[0].sha256 = "beef".into(), "shards[0].sha256"),
@@ -371,9 +377,8 @@ async fn checkpoints_and_exports_stay_below_the_roots() {
 }
 
 async fn good_export(worker: &mut Harness) -> pb::ExportRequest {
-    let folder = worker.scratch.join("checkpoint").display().to_string();
-    let message = pb::CheckpointRequest { session_id: SESSION.into(), path: folder.clone() };
-    let written = worker.client.checkpoint(request(message)).await.unwrap().into_inner();
+    let folder = format!("file://{}", worker.scratch.join("checkpoint").display());
+    let written = checkpoint(&mut worker.client, SESSION, &folder).await.unwrap();
     pb::ExportRequest {
         model: fixtures().join("models/gqa").display().to_string(),
         recipe: load_request().recipe,
@@ -386,5 +391,6 @@ async fn good_export(worker: &mut Harness) -> pb::ExportRequest {
             max_shard_bytes: None,
         }),
         run_id: "run-1".into(),
+        replace: false,
     }
 }

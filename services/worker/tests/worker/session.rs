@@ -1,6 +1,6 @@
 //! What a session does from Load to Export.
 
-use crate::harness::{SESSION, load_request, request, start, toy};
+use crate::harness::{SESSION, checkpoint, load_request, request, start, toy};
 use model_spec::Projection;
 use std::time::Duration;
 use wire::convert::{mask, scores};
@@ -57,9 +57,8 @@ async fn a_session_trains_prunes_measures_writes_and_exports() {
     assert_eq!(evaluated.predicted_tokens % 63, 0);
     assert!(evaluated.predicted_tokens > 0 && evaluated.negative_log_likelihood > 0.0);
 
-    let folder = worker.scratch.join("checkpoints/run-1").display().to_string();
-    let message = pb::CheckpointRequest { session_id: session_id(), path: folder.clone() };
-    let written = worker.client.checkpoint(request(message)).await.unwrap().into_inner();
+    let folder = format!("file://{}", worker.scratch.join("checkpoints/run-1").display());
+    let written = checkpoint(&mut worker.client, SESSION, &folder).await.unwrap();
     assert_eq!(written.file, "rank-0.safetensors");
     let text = std::fs::read_to_string(worker.scratch.join("checkpoints/run-1/rank-0.safetensors")).unwrap();
     assert!(text.contains("generation 1"), "{text}");
@@ -74,14 +73,18 @@ async fn a_session_trains_prunes_measures_writes_and_exports() {
         keep_mask: Some(mask::to_pb(&smaller)),
         export: Some(pb::ExportSpec { path: out.clone(), dtype: None, max_shard_bytes: None }),
         run_id: "run-1".into(),
+        replace: false,
     };
     let result = worker.client.export(request(message.clone())).await.unwrap().into_inner().result.unwrap();
     assert_eq!(result.path, out);
     assert_eq!(result.parameters, smaller.pruned_spec(&worker.spec).parameter_count());
     assert!(worker.scratch.join("out/config.json").is_file());
 
-    let again = worker.client.export(request(message)).await.unwrap_err();
+    let again = worker.client.export(request(message.clone())).await.unwrap_err();
     assert_eq!(again.code(), tonic::Code::FailedPrecondition, "the folder is not empty any more");
+    let replacing = pb::ExportRequest { replace: true, ..message };
+    let replaced = worker.client.export(request(replacing)).await.unwrap().into_inner().result.unwrap();
+    assert_eq!(replaced, result);
 
     worker.client.abort(request(pb::AbortRequest { session_id: session_id() })).await.unwrap();
     assert_eq!(worker.describe().await.session_id, "");

@@ -4,10 +4,9 @@ use cluster_tests::{Cluster, LEASE_SECONDS, toy};
 use engine::toy::ToyFault;
 use engine::{
     Engine, EngineError, ExportJob, ExportWritten, MaskApplied, NllSum, Prompt, Rendezvous, ShardEngine,
-    ShardSetup, StepOutcome,
+    ShardSetup, Snapshot, StepOutcome,
 };
 use pruning::KeepMask;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use wire::pb::RunState;
@@ -66,8 +65,8 @@ impl ShardEngine for TamperedShard {
         self.0.continuation_log_likelihoods(prompts)
     }
 
-    fn checkpoint(&mut self, file: &Path, prompts: &[Vec<u32>]) -> Result<String, EngineError> {
-        self.0.checkpoint(file, prompts)
+    fn snapshot(&mut self, prompts: &[Vec<u32>]) -> Result<Box<dyn Snapshot>, EngineError> {
+        self.0.snapshot(prompts)
     }
 
     fn memory_bytes(&self) -> u64 {
@@ -79,7 +78,10 @@ impl ShardEngine for TamperedShard {
 async fn what_a_worker_gets_wrong_fails_the_run_by_name() {
     let at_step_3 = |fault| Arc::new(toy().with_fault(3, fault)) as Arc<dyn Engine>;
     for (engine, parts) in [
-        (at_step_3(ToyFault::NotFinite), vec!["worker `w1` (rank 1)", "loss at step 3 is NaN"]),
+        (
+            at_step_3(ToyFault::NotFinite),
+            vec!["worker `w1` (rank 1)", "ranks diverged at step 3", "whether it counts"],
+        ),
         (at_step_3(ToyFault::DeviceFailed), vec!["worker `w1` (rank 1)", "the toy device has failed"]),
         (at_step_3(ToyFault::Panic), vec!["worker `w1` (rank 1)", "panics at step 3"]),
         (
