@@ -37,7 +37,8 @@ fuzz_target!(|data: &str| {
     let (_folder, inside, roots) = &*TREE;
     let below = format!("{}/{data}", inside.display());
     for path in [data, &below] {
-        for allowed in [roots.input(path), roots.input_folder(path), roots.output(path)].into_iter().flatten() {
+        for allowed in [roots.input(path), roots.input_folder(path), roots.output(path)].into_iter().flatten()
+        {
             assert!(allowed.starts_with(inside), "{path:?} gives {allowed:?}");
         }
     }

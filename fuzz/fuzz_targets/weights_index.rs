@@ -10,7 +10,7 @@ use std::sync::LazyLock;
 
 static FOLDER: LazyLock<Folder> = LazyLock::new(|| {
     let folder = Folder::new();
-    write_tiny_model(&folder.path("model"), &tiny_spec(), Dtype::Bf16, 6000, 1).expect("a model");
+    write_tiny_model(&folder.path("model"), &tiny_spec(), Dtype::Bf16, 1, 6000).expect("a model");
     folder
 });
 

@@ -3,6 +3,8 @@
 #[path = "../../crates/token-batches/tests/support/mod.rs"]
 mod support;
 
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
 use checkpoint::testing::{GgufBuilder, config_of, tiny_gguf, tiny_spec, tiny_tokenizer, write_tiny_model};
 use checkpoint::{
     Dtype, ExportManifest, FileDigest, LayerKept, MANIFEST_FORMAT_VERSION, Sha256Digest, SourceModel,
@@ -54,12 +56,12 @@ fn one_layer() -> ModelSpec {
 fn models(seeds: &Seeds) -> Outcome {
     let folder = Folder::new();
     let model = folder.path("model");
-    write_tiny_model(&model, &tiny_spec(), Dtype::Bf16, u64::MAX, 1)?;
+    write_tiny_model(&model, &tiny_spec(), Dtype::Bf16, 1, u64::MAX)?;
     seeds.write("safetensors", "model", fs::read(model.join("model.safetensors"))?)?;
     seeds.write("tokenizer", "bytes", tiny_tokenizer(20))?;
     seeds.write("tokenizer", "words", WORD_TOKENIZER)?;
     let sharded = folder.path("sharded");
-    write_tiny_model(&sharded, &tiny_spec(), Dtype::Bf16, 6000, 1)?;
+    write_tiny_model(&sharded, &tiny_spec(), Dtype::Bf16, 1, 6000)?;
     seeds.write("weights_index", "index", fs::read(sharded.join("model.safetensors.index.json"))?)?;
 
     let narrow = LayerSpec { query_head_count: 2, kv_head_count: 1, intermediate_size: 16 };
@@ -165,6 +167,7 @@ fn messages(seeds: &Seeds) -> Outcome {
         ..pb::RunSpec::default()
     };
     seeds.write("run_spec", "whole", spec.encode_to_vec())?;
+    let spec_text = BASE64_STANDARD.encode(spec.encode_to_vec());
     let layer = LayerKeep { query_heads: vec![0, 1], kv_heads: vec![0], channels: vec![1, 2, 9] };
     let mask = KeepMask { layers: vec![layer.clone(); 2] };
     let scores = pb::ScoreChunk { step: 3, projection: 1, values_f32: vec![0.5, 1.0], ..Default::default() };
@@ -188,14 +191,16 @@ fn messages(seeds: &Seeds) -> Outcome {
     for choice in 0..33 {
         seeds.write("requests", &format!("{choice}"), [&[choice, 10, 3], "r-1".as_bytes()].concat())?;
     }
-    let create = pb::CreateRunRequest { spec: Some(spec), request_id: "once".to_owned(), validate_only: true };
+    let create =
+        pb::CreateRunRequest { spec: Some(spec), request_id: "once".to_owned(), validate_only: true };
     seeds.write("requests", "create", [vec![4], create.encode_to_vec()].concat())?;
     let state = json!({"event": {"revision": 1, "time": {"secs_since_epoch": 1, "nanos_since_epoch": 0},
         "kind": {"state_change": {"state": "queued", "message": "waits"}}}});
     seeds.write("records", "event", [vec![1], state.to_string().into_bytes()].concat())?;
     let packed = postcard::to_extend(&vec![layer], vec![2, 1])?;
     seeds.write("records", "mask", packed)?;
-    seeds.write("records", "run", b"\0{\"spec\":\"\",\"plan\":\"\",\"dense\":{},\"fork\":null}")
+    let run = json!({"spec": spec_text, "plan": "", "dense": tiny_spec(), "fork": null});
+    seeds.write("records", "run", [vec![0], run.to_string().into_bytes()].concat())
 }
 
 /// Files for people.
