@@ -123,6 +123,22 @@ bench-docs: $(INTEROP_VENV)/.installed $(BENCH_PACKAGES)/.installed ## write tab
 bench-build: build $(INTEROP_VENV)/.installed $(BENCH_PACKAGES)/.installed
 	$(CARGO) build --release --locked -p engine-tch --example step
 
+# Seconds for each of the targets below fuzz/fuzz_targets.
+FUZZ_SECONDS ?= 30
+SOAK_FUZZ_SECONDS ?= 600
+
+.PHONY: fuzz
+fuzz: ## feed every reader of files and messages with broken input, FUZZ_SECONDS each (docs/fuzzing.md)
+	@$(PYTHON) fuzz/run.py --seconds $(FUZZ_SECONDS)
+
+.PHONY: fuzz-seeds
+fuzz-seeds: ## write the seeds of the fuzz targets anew
+	@$(PYTHON) fuzz/run.py --write-seeds
+
+.PHONY: soak
+soak: ## run for hours what `make fuzz` runs for minutes
+	@$(MAKE) --no-print-directory fuzz FUZZ_SECONDS=$(SOAK_FUZZ_SECONDS)
+
 .PHONY: lint
 lint: setup $(DEPLOY_VENV)/.installed ## check format, clippy, the schemas, and licences and sources of dependencies
 	$(CARGO) fmt --all --check
