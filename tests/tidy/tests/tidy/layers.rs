@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use tidy_tests::packages::{Kind, Package, packages};
 use tidy_tests::report;
 
-const DOMAIN: [&str; 5] = ["model-spec", "recipe", "pruning", "sharding", "pruning-run"];
+const DOMAIN: [&str; 6] = ["model-spec", "recipe", "pruning", "sharding", "pruning-run", "planner"];
 
 /// Lowest first. An edge goes to a lower layer only, so packages of one layer never know each other.
 const LAYERS: [&[&str]; 11] = [
@@ -12,7 +12,7 @@ const LAYERS: [&[&str]; 11] = [
     &["recipe"],
     &["pruning"],
     &["sharding"],
-    &["pruning-run"],
+    &["pruning-run", "planner"],
     &["engine", "token-batches", "checkpoint", "run-store", "blob-store"],
     &["engine-tch", "wire"],
     &["service-kit"],
