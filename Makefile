@@ -119,6 +119,12 @@ bench-decision: bench-build ## time the coordinator's decision for LLaMA-7B and 
 bench-docs: $(INTEROP_VENV)/.installed $(BENCH_PACKAGES)/.installed ## write tables and pictures of docs/benchmarks.md from benches/results
 	@$(BENCH_DOCS)
 
+.PHONY: docs-planning
+docs-planning: setup ## write the tables of docs/planning.md
+	$(CARGO) build --locked -p espalier
+	@sed -i '/^<!-- planned -->/,/^<!-- \/planned -->/d' docs/planning.md
+	@{ echo "<!-- planned -->"; target/debug/espalier plan --tables; echo "<!-- /planned -->"; } >> docs/planning.md
+
 .PHONY: bench-build
 bench-build: build $(INTEROP_VENV)/.installed $(BENCH_PACKAGES)/.installed
 	$(CARGO) build --release --locked -p engine-tch --example step

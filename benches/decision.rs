@@ -7,7 +7,7 @@
 use benches::{before_the_decision, decide_all, half, llama_7b, llama_65b, step_scores};
 use criterion::measurement::{Measurement, ValueFormatter, WallTime};
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
-use pruning::{KeepMask, MovingAverage, Target, combine, decide};
+use pruning::{KeepMask, MovingAverage, Target, combine, decide, what_if};
 use recipe::{Pruning, Shape};
 use rustix::time::{ClockId, clock_gettime};
 use std::time::Duration;
@@ -34,6 +34,9 @@ fn decision(criterion: &mut Criterion<ProcessorTime>) {
                     bencher.iter_with_large_drop(|| decide(&dense, &full, &average, &target, share));
                 });
             }
+            group.bench_function(format!("what-if-{shape}"), |bencher| {
+                bencher.iter(|| what_if(&dense, &full, &average, &half(choice)));
+            });
             let (run, events) = before_the_decision(&dense, choice, 8).expect("heads divide by 8");
             group.bench_function(format!("run-{shape}"), |bencher| {
                 bencher.iter_batched(

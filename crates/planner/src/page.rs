@@ -44,7 +44,7 @@ fn section(name: &str, dense: &ModelSpec) -> String {
     if let Some((_, Ok(estimate))) = planned.iter().find(|(_, planned)| planned.is_ok()) {
         text += &shape_words(dense, estimate);
     }
-    text += "\n| GPUs | weights | LoRA, gradients, moments | activations | buffers | process | a step | a decision | after pruning | fits 80 GiB |\n";
+    text += "\nGiB of each GPU, by kind in a step before pruning:\n\n| GPUs | weights | LoRA, gradients, moments | activations | buffers | process | a step | a decision | after pruning | fits 80 GiB |\n";
     text += "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |\n";
     for (degree, planned) in &planned {
         text += &match planned {

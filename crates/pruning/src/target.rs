@@ -138,6 +138,20 @@ impl Target {
         )
     }
 
+    /// Weights of the largest step from one legal count of a block to the next.
+    pub(crate) fn largest_quantum(&self, dense: &ModelSpec) -> u64 {
+        let of_layer = |layer: &LayerSpec| {
+            let weights = |attention, channels| {
+                weights_of(dense, &[self.legal.widths(layer, attention, channels)], &[true])
+            };
+            let mut counts = self.legal.legal_attention(layer);
+            counts.push(self.legal.attention_steps(layer));
+            let step = counts.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap_or(0).max(1);
+            weights(step, 0).max(weights(0, self.legal.channel_quantum()))
+        };
+        self.dense_layers.iter().map(of_layer).max().unwrap_or(0)
+    }
+
     #[must_use]
     pub fn summary(&self) -> &TargetSummary {
         &self.summary

@@ -1,6 +1,6 @@
 use crate::{DecideError, KeepMask, MovingAverage, Target, decide};
 use model_spec::{Block, LayerSpec, ModelSpec};
-use recipe::{FieldViolation, Pruning};
+use recipe::{FieldViolation, Pruning, Shape};
 
 /// What another budget would keep.
 #[derive(Debug, Clone, PartialEq)]
@@ -22,10 +22,12 @@ pub struct WhatIf {
 pub enum WhatIfError {
     #[error("the budget cannot be met: {}", .0.first().map(ToString::to_string).unwrap_or_default())]
     Budget(Vec<FieldViolation>),
+    /// Importance is averaged over the groups that are there: of those that are gone it is not known.
     #[error(
-        "more would be kept than is there: {0}; what is gone comes back only in a run forked from an earlier decision"
+        "it would keep more than decision masks have left ({what}); what is gone comes back only by ForkRun from an earlier \
+         decision"
     )]
-    Regrowth(DecideError),
+    Regrowth { what: String },
     #[error(transparent)]
     Decide(DecideError),
 }
@@ -43,12 +45,17 @@ pub fn what_if(
 ) -> Result<WhatIf, WhatIfError> {
     let target = Target::resolve(dense, pruning).map_err(WhatIfError::Budget)?;
     let kept = decide(dense, keep_now, average, &target, 1.0).map_err(|error| match error {
-        DecideError::BelowTarget { .. } | DecideError::Growth(_) => WhatIfError::Regrowth(error),
+        DecideError::BelowTarget { .. } | DecideError::Growth(_) => {
+            WhatIfError::Regrowth { what: error.to_string() }
+        }
         DecideError::Share { .. }
         | DecideError::KeepMask(_)
         | DecideError::OtherModel { .. }
         | DecideError::NotFinite { .. } => WhatIfError::Decide(error),
     })?;
+    if pruning.shape == Shape::Global {
+        check_above(dense, keep_now, &target)?;
+    }
     let grouping = pruning.head_grouping;
     let sum = |mask: &KeepMask| -> f64 {
         let layers = mask.layers.iter().zip(&average.layers);
@@ -75,11 +82,24 @@ pub fn what_if(
     })
 }
 
+/// A ranking over all layers takes away what it must and never asks whether too much is gone already. It may have gone one
+/// quantum beyond its goal; more than that was another budget's work.
+fn check_above(dense: &ModelSpec, keep_now: &KeepMask, target: &Target) -> Result<(), WhatIfError> {
+    let gone = dense.projection_weight_count() - keep_now.pruned_spec(dense).projection_weight_count();
+    let summary = target.summary();
+    let due = summary.prunable_weights - summary.kept_prunable_weights;
+    if gone < due + target.largest_quantum(dense) {
+        return Ok(());
+    }
+    Err(WhatIfError::Regrowth { what: format!("{gone} weights are gone, and the budget removes {due}") })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::testing::model;
-    use recipe::{Budget, HeadGrouping, Shape};
+    use proptest::prelude::*;
+    use recipe::{Budget, HeadGrouping};
 
     fn average(dense: &ModelSpec) -> MovingAverage {
         let mut average = MovingAverage::new(dense, HeadGrouping::KvGroups, 0.9);
@@ -138,8 +158,66 @@ mod tests {
         let target = Target::resolve(&dense, &pruning(0.5, Shape::Uniform)).unwrap();
         let half = decide(&dense, &full, &average, &target, 1.0).unwrap();
         let error = what_if(&dense, &half, &average, &pruning(0.2, Shape::Uniform)).unwrap_err();
-        assert!(matches!(error, WhatIfError::Regrowth(_)), "{error}");
+        assert!(matches!(error, WhatIfError::Regrowth { .. }), "{error}");
+        assert!(error.to_string().contains("ForkRun"), "{error}");
         let error = what_if(&dense, &half, &average, &pruning(2.0, Shape::Uniform)).unwrap_err();
         assert!(matches!(error, WhatIfError::Budget(_)), "{error}");
+    }
+
+    #[test]
+    fn a_global_budget_below_what_is_gone_is_refused_and_the_same_budget_loses_nothing() {
+        let dense = model(3, 12, 6, 20);
+        let (full, average) = (KeepMask::full(&dense), average(&dense));
+        let target = Target::resolve(&dense, &pruning(0.5, Shape::Global)).unwrap();
+        let half = decide(&dense, &full, &average, &target, 1.0).unwrap();
+        let same = what_if(&dense, &half, &average, &pruning(0.5, Shape::Global)).unwrap();
+        assert_eq!((same.importance_lost, same.sparsity), (0.0, half.sparsity(&dense)));
+        let error = what_if(&dense, &half, &average, &pruning(0.1, Shape::Global)).unwrap_err();
+        assert!(matches!(error, WhatIfError::Regrowth { .. }), "{error}");
+    }
+
+    proptest! {
+        #[test]
+        fn any_answer_is_the_decision_of_its_budget_and_the_loss_a_plain_sum(
+            seed: u64, sparsity in 0.05f64..0.8, shape in 0usize..3, by_query_head: bool, multiple in 1usize..4,
+        ) {
+            let dense = model(3, 12, 4, 20);
+            let grouping = if by_query_head { HeadGrouping::QueryHeads } else { HeadGrouping::KvGroups };
+            let mut average = MovingAverage::new(&dense, grouping, 0.9);
+            average.layers = crate::random_importances(&dense, &KeepMask::full(&dense), seed, grouping);
+            let of = |sparsity| Pruning {
+                head_grouping: grouping,
+                channel_multiple: multiple,
+                ..pruning(sparsity, [Shape::Uniform, Shape::Paper, Shape::Global][shape])
+            };
+            let (less, more) = (of(sparsity / 2.0), of(sparsity));
+            let full = KeepMask::full(&dense);
+            let answers = [&less, &more].map(|pruning| what_if(&dense, &full, &average, pruning));
+            for (pruning, answer) in [&less, &more].into_iter().zip(&answers) {
+                let Ok(answer) = answer else { continue };
+                let target = Target::resolve(&dense, pruning).unwrap();
+                let decided = decide(&dense, &full, &average, &target, 1.0).unwrap();
+                prop_assert_eq!(&answer.widths, &decided.pruned_spec(&dense).layers);
+                prop_assert_eq!(answer.parameters, decided.pruned_spec(&dense).parameter_count());
+                let mut lost = 0.0;
+                for (layer, keep) in decided.layers.iter().enumerate() {
+                    for block in [Block::Attention, Block::Mlp] {
+                        for (group, value) in average.layers[layer].of(block).iter().enumerate() {
+                            if !keep.groups(block, grouping).contains(&group) {
+                                lost += value;
+                            }
+                        }
+                    }
+                }
+                prop_assert!((answer.importance_lost - lost).abs() < 1e-9 * (1.0 + lost));
+            }
+            if let [Ok(less), Ok(more)] = &answers {
+                // Under `uniform` a head less may leave room for more channels.
+                if shape != 0 {
+                    prop_assert!(less.sparsity <= more.sparsity + 1e-12);
+                    prop_assert!(less.importance_lost <= more.importance_lost + 1e-9);
+                }
+            }
+        }
     }
 }

@@ -5,6 +5,7 @@
 
 pub mod data;
 pub mod mask;
+pub mod plan;
 pub mod recipe;
 pub mod run;
 pub mod scores;

@@ -378,6 +378,7 @@ mod tests {
             pruning_steps: (1..20).map(|index| index * 10).collect(),
             export_form: "mistral".into(),
             notes: vec!["heads do not divide the hidden size".into()],
+            estimate: None,
         };
         let text = plan_table(&plan);
         for word in

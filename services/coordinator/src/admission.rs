@@ -202,6 +202,7 @@ fn plan(spec: &RunSpec, setup: &RunSetup) -> pb::RunPlan {
         pruning_steps: setup.pruning_steps().to_vec(),
         notes: notes(spec, setup, last.as_deref(), &form),
         export_form: form,
+        estimate: None,
     }
 }
 

@@ -159,7 +159,7 @@ fn what_if_failure(error: &WhatIfError) -> Failure {
             let problem = violations.iter().map(|violation| violation.problem.clone());
             Failure::invalid_field("budget", problem.collect::<Vec<_>>().join("; "))
         }
-        WhatIfError::Regrowth(_) => Failure::invalid_field("budget", chain(error)),
+        WhatIfError::Regrowth { .. } => Failure::invalid_field("budget", chain(error)),
         WhatIfError::Decide(_) => Failure::from_error(Reason::Internal, error),
     }
 }
