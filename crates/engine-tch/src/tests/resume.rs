@@ -57,7 +57,7 @@ fn recipe(change: impl FnOnce(&mut Recipe)) -> Recipe {
     recipe
 }
 
-fn windows() -> Vec<Vec<u32>> {
+pub(crate) fn windows() -> Vec<Vec<u32>> {
     let vocab = spec_of(MODEL).vocab_size;
     let token = |row: usize, place: usize| ((row * 577 + place * place * 13 + place * 5) % vocab) as u32;
     (0..6).map(|row| (0..16).map(|place| token(row, place)).collect()).collect()
@@ -74,6 +74,23 @@ struct Course {
     files: Vec<String>,
 }
 
+pub(crate) fn setup_of(
+    recipe: &Recipe,
+    tp_rank: usize,
+    tp_degree: usize,
+    restore: Option<Restore>,
+) -> ShardSetup {
+    ShardSetup {
+        model: fixtures().join("models").join(MODEL),
+        recipe: recipe.clone(),
+        tp_rank,
+        tp_degree,
+        collective_timeout: Duration::from_secs(60),
+        restore,
+        progress: Arc::default(),
+    }
+}
+
 /// Trains from `first_step` to the end on `degree` ranks; at `KILLED_AT` all write their state to `folder`.
 fn train(
     recipe: &Recipe,
@@ -87,15 +104,7 @@ fn train(
     let barrier = Barrier::new(degree);
     let one_rank = |tp_rank: usize| {
         tch::set_num_threads(1);
-        let setup = ShardSetup {
-            model: fixtures().join("models").join(MODEL),
-            recipe: recipe.clone(),
-            tp_rank,
-            tp_degree: degree,
-            collective_timeout: Duration::from_secs(60),
-            restore: restore.cloned(),
-            progress: Arc::default(),
-        };
+        let setup = setup_of(recipe, tp_rank, degree, restore.cloned());
         let mut shard = Shard::load(setup, Device::Cpu).unwrap();
         join(&mut shard, tp_rank, degree, &meeting, &barrier);
         let rows: Vec<&[u32]> = windows.iter().map(Vec::as_slice).collect();
@@ -144,7 +153,7 @@ fn train(
     (course, restore)
 }
 
-fn join(
+pub(crate) fn join(
     shard: &mut Shard,
     tp_rank: usize,
     degree: usize,
@@ -186,7 +195,7 @@ fn least_squares() -> Compensation {
     Compensation::LeastSquares(LeastSquares::default())
 }
 
-fn with_pruning(change: impl FnOnce(&mut Pruning)) -> Recipe {
+pub(crate) fn with_pruning(change: impl FnOnce(&mut Pruning)) -> Recipe {
     recipe(|recipe| change(recipe.pruning.as_mut().unwrap()))
 }
 
