@@ -91,10 +91,9 @@ fn all_ranks_name_the_first_gradient_that_is_not_finite_on_any() {
                     let (layer, projection) = [(1, Projection::K), (0, Projection::Up)][tp_rank];
                     let view = shard.layout.view(&shard.gradients, layer, projection, Factor::B).unwrap();
                     let _ = view.get(0).fill_(f64::INFINITY);
-                    match shard.name_bad_gradient(5, f64::INFINITY).unwrap() {
-                        Fault::NotFinite { what, step: 5, .. } => what,
-                        other => panic!("{other:?}"),
-                    }
+                    let fault = shard.name_bad_gradient(5, f64::INFINITY).unwrap();
+                    let Fault::NotFinite { what, step: 5, .. } = fault else { panic!("{fault:?}") };
+                    what
                 })
             })
             .collect();
