@@ -310,19 +310,29 @@ impl Shard {
         Ok((replicated.f_double_value(&[])? + split.f_double_value(&[0])?).sqrt())
     }
 
-    fn name_bad_gradient(&self, step: u64, norm: f64) -> Result<Fault> {
-        for layer in 0..self.layout.layer_count() {
-            for projection in Projection::ALL {
-                for factor in Factor::BOTH {
-                    let gradient = self.layout.view(&self.gradients, layer, projection, factor)?;
-                    if gradient.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
-                        let what = format!("gradient of layer {layer} {projection} {}", factor.name());
-                        return Ok(Fault::NotFinite { what, step, value: norm });
-                    }
-                }
+    /// The first gradient that is not finite on any rank: all ranks name the same.
+    pub(crate) fn name_bad_gradient(&mut self, step: u64, norm: f64) -> Result<Fault> {
+        let places: Vec<(usize, Projection, Factor)> = (0..self.layout.layer_count())
+            .flat_map(|layer| Projection::ALL.map(|projection| (layer, projection)))
+            .flat_map(|(layer, projection)| Factor::BOTH.map(|factor| (layer, projection, factor)))
+            .collect();
+        let mut first = places.len();
+        for (place, (layer, projection, factor)) in places.iter().enumerate() {
+            let gradient = self.layout.view(&self.gradients, *layer, *projection, *factor)?;
+            if gradient.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
+                first = place;
+                break;
             }
         }
-        Ok(Fault::NotFinite { what: "gradient norm".into(), step, value: norm })
+        let mut highest = Tensor::f_full([1i64], -(first as f64), (Kind::Double, self.device))?;
+        self.communicator.all_reduce(&mut highest, ReduceOp::Max)?;
+        let what = match places.get(-highest.f_double_value(&[0])? as usize) {
+            Some((layer, projection, factor)) => {
+                format!("gradient of layer {layer} {projection} {}", factor.name())
+            }
+            None => "gradient norm".into(),
+        };
+        Ok(Fault::NotFinite { what, step, value: norm })
     }
 
     pub(crate) fn scores(

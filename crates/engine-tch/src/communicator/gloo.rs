@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use tch::Tensor;
 
 /// Longest that one attempt to reach a store takes: the session may end meanwhile.
-const ATTEMPT: Duration = Duration::from_secs(1);
+const ATTEMPT: Duration = Duration::from_millis(500);
 /// Pause between looks at who has come.
 const MEETING_PAUSE: Duration = Duration::from_millis(5);
 
@@ -354,6 +354,7 @@ mod tests {
             }
             started
         });
-        assert!(started.elapsed() < SOON, "{:?}", started.elapsed());
+        // An attempt and libtorch's pause between two.
+        assert!(started.elapsed() < 3 * SOON, "{:?}", started.elapsed());
     }
 }
