@@ -2,7 +2,9 @@
 
 use model_spec::{Family, LayerSpec, ModelSpec, Projection, Rope, RopeScaling};
 use pruning::{KeepMask, ScoreAssembly, ScoreError, StepScores, random_importance};
-use pruning_run::{Effect, Event, Generation, RankReport, Run, RunId, RunOptions, RunSetup, SetupError, WorkerId, transition};
+use pruning_run::{
+    Effect, Event, Generation, RankReport, Run, RunId, RunOptions, RunSetup, SetupError, WorkerId, transition,
+};
 use recipe::{Budget, Pruning, Ramp, Recipe, Shape};
 use sharding::RankLayer;
 use std::sync::Arc;
