@@ -54,7 +54,7 @@ def run(target: str, seconds: int) -> tuple[bool, dict[str, int]]:
         f"-timeout={SECONDS_PER_INPUT}",
         f"-max_len={MAX_INPUT_BYTES}",
         "-print_final_stats=1",
-        # Looking for leaks after each input takes ten times the input's own time; growing memory meets its limit.
+        # Looking for leaks after each input takes several times as long as the input itself; growing memory meets its limit.
         "-detect_leaks=0",
         *([f"-dict={dictionary}"] if dictionary.is_file() else []),
     ]
