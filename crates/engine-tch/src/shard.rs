@@ -26,7 +26,6 @@ use recipe::{Compute, Criterion, Optimizer};
 use sharding::{Placement, vocabulary_rows};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use tch::{Device, Kind, Tensor};
 
@@ -468,20 +467,20 @@ impl Shard {
         let timeout = self.setup.collective_timeout;
         let served = self.rendezvous.take();
         let progress = self.setup.progress.clone();
-        let gives_up = Arc::new(AtomicBool::new(false));
-        let flag = gives_up.clone();
-        progress.on_give_up(move || flag.store(true, Ordering::Release));
+        let watched = progress.clone();
         let joined: Box<dyn Communicator> = match (Meeting::parse(&rendezvous.0)?, served) {
             (Meeting::Gloo { .. }, Some(store)) => {
-                Box::new(Gloo::join(store, host, rank, degree, timeout, gives_up)?)
+                Box::new(Gloo::join(store, host, rank, degree, timeout, progress)?)
             }
             (Meeting::Gloo { host: address, port }, None) => {
-                let store = Store::connect(&address, port, timeout)?;
-                Box::new(Gloo::join(store, host, rank, degree, timeout, gives_up)?)
+                let store = Store::connect(&address, port, timeout, &progress)?;
+                Box::new(Gloo::join(store, host, rank, degree, timeout, progress)?)
             }
-            (Meeting::Nccl(id), _) => Box::new(Nccl::join(&id, self.device, rank, degree, timeout)?),
+            (Meeting::Nccl(id), _) => {
+                Box::new(Nccl::join(&id, self.device, rank, degree, timeout, progress)?)
+            }
         };
-        self.communicator = Box::new(Watched::new(joined, progress));
+        self.communicator = Box::new(Watched::new(joined, watched));
         Ok(())
     }
 }
@@ -514,7 +513,7 @@ pub fn has_kernels(device: Device) -> bool {
 /// # Errors
 /// When the library is missing or does not work with the device.
 pub fn check_nccl(device: Device, timeout: Duration) -> std::result::Result<(), EngineError> {
-    let mut group = Nccl::join(&unique_id()?, device, 0, 1, timeout)?;
+    let mut group = Nccl::join(&unique_id()?, device, 0, 1, timeout, Arc::default())?;
     for kind in [Kind::Float, Kind::BFloat16] {
         let ones = || Tensor::f_ones([1 << 20], (kind, device)).map_err(Fault::from);
         for op in [ReduceOp::Sum, ReduceOp::Max] {

@@ -1,21 +1,27 @@
 //! The command line.
 
 mod local;
+mod plan;
 mod recipe_flags;
 mod remote;
+mod security;
+mod token;
 
 pub(crate) use local::{EvalArgs, ImportArgs, ImportDtype, LogitsArgs, MeasureArgs, PruneArgs, ReportArgs};
+pub(crate) use plan::{DeviceArgs, PlanArgs};
 pub(crate) use recipe_flags::RecipeFlags;
 pub(crate) use remote::{
     CancelArgs, CreateArgs, DownloadArgs, DrainArgs, EvaluateArgs, ExportArgs, ForkArgs, ListArgs, MaskArgs,
     RemoteArgs, RunIdArgs, WatchArgs, WhatIfArgs, WorkersArgs,
 };
 
+pub(crate) use token::{TokenArgs, TokenCommand};
+
 use clap::{Parser, Subcommand};
 
 /// Prunes LLaMA-family models while it fine-tunes them with LoRA, on tensor-parallel workers.
 ///
-/// `prune`, `eval`, `import`, `logits` and `report` work on this machine alone. The other commands talk to a running
+/// `prune`, `plan`, `eval`, `import`, `logits` and `report` work on this machine alone. The other commands talk to a running
 /// coordinator. Exit codes: 0 done, 1 a run failed, 2 wrong input, 130 interrupted.
 #[derive(Debug, Parser)]
 #[command(name = "espalier", version, propagate_version = true, arg_required_else_help = true)]
@@ -35,6 +41,12 @@ pub(crate) enum Command {
     /// workers; a second one kills them. The workers run the program `worker` beside this one, or $ESPALIER_WORKER_BIN;
     /// $RUST_LOG says what goes to OUT/logs, $OTEL_EXPORTER_OTLP_ENDPOINT where traces go.
     Prune(Box<PruneArgs>),
+    /// Say what a run will take, before anything starts: parameters, memory by worker and kind, work, traffic, time
+    ///
+    /// Reads a model's config.json alone. Ends with exit code 2 and what to change when the run cannot fit the device or its
+    /// result cannot be exported. Memory on a CPU is held against measured runs; times are computed from the rates given and
+    /// measured nowhere (docs/planning.md).
+    Plan(Box<PlanArgs>),
     /// Measure a model's perplexity on a text and its answers to multiple-choice tasks, on this machine
     ///
     /// Perplexity by the published protocol: one stream of tokens, windows that do not overlap, each window alone,
@@ -92,6 +104,9 @@ pub(crate) enum Command {
     Workers(WorkersArgs),
     /// Take a worker out of service: its run is checkpointed and goes on with other workers
     Drain(DrainArgs),
+    // Of access.
+    /// Make tokens for people and programs that call a coordinator
+    Token(TokenArgs),
 }
 
 #[cfg(test)]

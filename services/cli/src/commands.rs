@@ -5,9 +5,11 @@ mod eval;
 mod import;
 mod importance;
 mod logits;
+mod plan;
 mod prune;
 mod remote;
 mod report;
+mod token;
 
 use crate::args::Command;
 use crate::failure::Failure;
@@ -17,6 +19,7 @@ use crate::failure::Failure;
 pub(crate) async fn run(command: Command) -> Result<(), Failure> {
     match command {
         Command::Prune(args) => prune::run(*args).await,
+        Command::Plan(args) => plan::run(&args),
         Command::Eval(args) => eval::run(args).await,
         Command::Import(args) => import::run(&args),
         Command::Logits(args) => logits::run(&args).await,
@@ -40,5 +43,6 @@ pub(crate) async fn run(command: Command) -> Result<(), Failure> {
         Command::Mask(args) => remote::mask(args).await,
         Command::Workers(args) => remote::workers(args).await,
         Command::Drain(args) => remote::drain(args).await,
+        Command::Token(args) => token::run(&args),
     }
 }

@@ -12,6 +12,7 @@ mod local_run;
 mod measured;
 mod out_folder;
 mod output;
+mod plan_tables;
 mod progress;
 mod proto_json;
 mod report;

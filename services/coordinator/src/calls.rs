@@ -12,7 +12,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
 use tonic::Status;
 use tracing::{Instrument, debug, warn};
-use wire::client::{WorkerClient, lazy_channel, within, worker_client};
+use wire::client::{ClientSecurity, WorkerClient, within, worker_client};
 use wire::convert::{mask, scores};
 use wire::pb;
 use wire::status::{Reason, chain, describe, reason};
@@ -50,13 +50,15 @@ impl Calls {
     pub(crate) fn new(
         session_id: String,
         workers: &[pb::WorkerInfo],
+        peers: &ClientSecurity,
         deadlines: Deadlines,
         outcomes: mpsc::Sender<Event>,
     ) -> Result<Self, String> {
         let clients = workers
             .iter()
             .map(|worker| {
-                let channel = lazy_channel(&worker.endpoint)
+                let channel = peers
+                    .lazy(&worker.endpoint)
                     .map_err(|error| format!("worker `{}`: {}", worker.id, chain(&error)))?;
                 Ok(worker_client(channel))
             })

@@ -13,6 +13,7 @@ use std::time::Duration;
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use wire::client::ClientSecurity;
 
 /// What all parts of a coordinator share.
 #[derive(Debug)]
@@ -21,6 +22,8 @@ pub(crate) struct Context {
     pub(crate) stores: Stores,
     pub(crate) registry: Arc<Registry>,
     pub(crate) roots: Roots,
+    /// What workers are shown.
+    pub(crate) peers: ClientSecurity,
     pub(crate) deadlines: Deadlines,
     pub(crate) drain: Duration,
     /// Held while a run is created, so that two creations see each other.
@@ -38,7 +41,7 @@ pub(crate) struct Context {
 impl Context {
     /// # Errors
     /// When a folder is missing or cannot be made, or the database cannot be opened.
-    pub(crate) async fn open(config: &CoordinatorConfig) -> anyhow::Result<Arc<Self>> {
+    pub(crate) async fn open(config: &CoordinatorConfig, peers: ClientSecurity) -> anyhow::Result<Arc<Self>> {
         let roots = config.roots.open()?;
         let data_dir = folder(&config.data_dir, "--data-dir")?;
         let location = checkpoint_location(config, &data_dir, &roots)?;
@@ -53,6 +56,7 @@ impl Context {
             stores: Stores::new(runs, blobs),
             registry: Registry::new(config.patience()),
             roots,
+            peers,
             deadlines: config.deadlines(),
             drain: config.drain(),
             creating: Mutex::new(()),

@@ -265,7 +265,13 @@ impl Driver {
         let Some(claim) = &self.claim else { return Err("no workers are held".to_owned()) };
         let (sender, outcomes) = mpsc::channel(OUTCOMES);
         let session_id = format!("{}-{}", self.record.id, &uuid::Uuid::new_v4().simple().to_string()[..8]);
-        self.calls = Some(Calls::new(session_id, claim.workers(), self.context.deadlines, sender)?);
+        self.calls = Some(Calls::new(
+            session_id,
+            claim.workers(),
+            &self.context.peers,
+            self.context.deadlines,
+            sender,
+        )?);
         self.outcomes = Some(outcomes);
         Ok(())
     }

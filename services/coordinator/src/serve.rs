@@ -26,7 +26,7 @@ pub async fn serve(
     listener: Listener,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
-    let context = Context::open(&config).await?;
+    let context = Context::open(&config, listener.peers()).await?;
     let server = GrpcServer::new(DESCRIPTORS)?
         .with_service(
             RunServiceServer::new(Runs::new(context.clone()))
