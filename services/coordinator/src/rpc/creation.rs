@@ -48,7 +48,14 @@ impl Runs {
         }
         let (spec, Admitted { setup, plan }) = self
             .check(move |context| {
-                let admitted = admit(&spec, &context.roots, context.blame_grace(), false, found)?;
+                let admitted = admit(
+                    &spec,
+                    &context.roots,
+                    context.blame_grace(),
+                    &context.registry.device(spec.tp_degree),
+                    false,
+                    found,
+                )?;
                 Ok((spec, admitted))
             })
             .await?;
@@ -91,7 +98,14 @@ impl Runs {
         let widths = decision.widths.clone();
         let (spec, Admitted { setup, plan }) = self
             .check(move |context| {
-                let admitted = admit(&spec, &context.roots, context.blame_grace(), stop_pruning, found)?;
+                let admitted = admit(
+                    &spec,
+                    &context.roots,
+                    context.blame_grace(),
+                    &context.registry.device(spec.tp_degree),
+                    stop_pruning,
+                    found,
+                )?;
                 Ok((spec, admitted))
             })
             .await?;
