@@ -234,7 +234,6 @@ fn plan(spec: &RunSpec, setup: &RunSetup) -> pb::RunPlan {
         notes: notes(spec, setup, last.as_deref(), &form),
         export_form: form,
         estimate: None,
-        estimate: None,
     }
 }
 
