@@ -341,7 +341,10 @@ impl Driver {
                 self.calls = None;
                 self.outcomes = None;
                 self.claim = None;
-                self.record.assign(Vec::new());
+                // Of a run that has ended it stays known who held it last.
+                if !self.has_ended() {
+                    self.record.assign(Vec::new());
+                }
             }
             Effect::AbortSessions => self.abort_sessions().await,
             Effect::Restore(place) => self.restore(place),

@@ -283,16 +283,19 @@ impl Cluster {
 
     /// Waits until a run shows what is wanted.
     pub async fn until(&self, id: &str, what: &str, wanted: impl Fn(&pb::Run) -> bool) -> pb::Run {
-        in_time(what, async {
-            loop {
-                let run = self.get(id).await;
-                if wanted(&run) {
-                    return run;
-                }
-                tokio::time::sleep(Duration::from_millis(10)).await;
+        let since = std::time::Instant::now();
+        loop {
+            let run = self.get(id).await;
+            if wanted(&run) {
+                return run;
             }
-        })
-        .await
+            let (state, message) = (run.state(), &run.status_message);
+            assert!(
+                since.elapsed() < PATIENCE,
+                "{what} took longer than {PATIENCE:?}; the run is {state:?}: {message}"
+            );
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
     }
 
     /// Tells the coordinator to stop, as SIGTERM does, and waits for its end.

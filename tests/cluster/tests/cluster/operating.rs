@@ -215,7 +215,7 @@ async fn what_if_answers_from_stored_importance() {
     });
     let status = regrown.await.unwrap_err();
     assert_eq!(status.code(), Code::InvalidArgument);
-    assert!(status.message().contains("fork"), "{status:?}");
+    assert!(status.message().contains("ForkRun"), "{status:?}");
     let unknown = ask(pb::QueryWhatIfRequest { generation: Some(77), ..question() }).await.unwrap_err();
     assert_eq!(unknown.code(), Code::NotFound);
 }
