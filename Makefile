@@ -17,6 +17,7 @@ DEMO_RUN := deploy/runs/demo.yaml
 DEMO_OUT := out/demo
 DEPLOY_VENV := .cache/deploy-venv
 INTEROP_VENV := .cache/interop
+S3_SERVER := .cache/s3-server
 BENCH_PACKAGES := .cache/bench-packages
 # One build for all tests: another choice of packages or targets would have other features and compile much of it again.
 BUILD_TESTS := $(CARGO) build --workspace --all-targets --locked
@@ -63,7 +64,7 @@ gpu-check: build ## pack out/gpu-check.tar.gz, which checks and measures on a ma
 test: test-rust test-deploy ## run all tests but the ones against transformers
 
 .PHONY: test-rust
-test-rust: setup ## run the Rust tests, on real processes where they need them
+test-rust: setup s3-server ## run the Rust tests, on real processes where they need them
 	@scripts/check_tools.sh --tests
 	$(BUILD_TESTS)
 	$(CARGO) test --workspace --locked --no-fail-fast
@@ -74,6 +75,9 @@ SIMULATION_SEEDS ?= 0..2000
 .PHONY: simulate
 simulate: ## play seeds of the simulated coordinator and workers
 	SIMULATION_SEEDS=$(SIMULATION_SEEDS) $(CARGO) test -p simulation-tests --locked -- --nocapture
+
+.PHONY: s3-server
+s3-server: $(S3_SERVER)/.installed ## lay out the server of S3 for the Rust tests (once)
 
 .PHONY: test-deploy
 test-deploy: setup $(DEPLOY_VENV)/.installed ## check chart, images, compose file, scripts, schemas and the table of quality
@@ -155,13 +159,20 @@ lint: setup $(DEPLOY_VENV)/.installed ## check format, clippy, the schemas, and 
 .PHONY: clean
 clean: ## remove what was built and made; keep what was fetched (.libtorch, .cache/wheels)
 	$(CARGO) clean
-	rm -rf out $(DEMO) $(DEPLOY_VENV) $(INTEROP_VENV) $(BENCH_PACKAGES) .cache/bench
+	rm -rf out $(DEMO) $(DEPLOY_VENV) $(INTEROP_VENV) $(S3_SERVER) $(BENCH_PACKAGES) .cache/bench
 
 # Environments are made from scratch, and marked last: a half one never counts.
 $(DEPLOY_VENV)/.installed: tests/deploy/requirements.txt
 	@scripts/check_tools.sh --tests
 	$(PYTHON) -m venv --clear $(DEPLOY_VENV)
 	$(DEPLOY_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --require-hashes --only-binary=:all: --requirement $<
+	@touch $@
+
+$(S3_SERVER)/.installed: crates/blob-store/tests/requirements.txt
+	@scripts/check_tools.sh --tests
+	$(PYTHON) -m venv --clear $(S3_SERVER)
+	$(S3_SERVER)/bin/python -m pip install --quiet --disable-pip-version-check \
 	  --require-hashes --only-binary=:all: --requirement $<
 	@touch $@
 
