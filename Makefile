@@ -75,6 +75,14 @@ SIMULATION_SEEDS ?= 0..2000
 simulate: ## play seeds of the simulated coordinator and workers
 	SIMULATION_SEEDS=$(SIMULATION_SEEDS) $(CARGO) test -p simulation-tests --locked -- --nocapture
 
+# Such as "300..400", or one that has failed.
+FAULT_SEEDS ?= 100..300
+
+.PHONY: soak-faults
+soak-faults: setup ## break real processes at the points that FAULT_SEEDS name (docs/testing.md; 200 seeds take half an hour)
+	$(BUILD_TESTS)
+	FAULT_SEEDS=$(FAULT_SEEDS) $(CARGO) test --workspace --locked --test fault_suite -- --nocapture
+
 .PHONY: test-deploy
 test-deploy: setup $(DEPLOY_VENV)/.installed ## check chart, images, compose file, scripts, schemas and the table of quality
 	$(BUILD_TESTS)
@@ -136,7 +144,9 @@ fuzz-seeds: ## write the seeds of the fuzz targets anew
 	@$(PYTHON) fuzz/run.py --write-seeds
 
 .PHONY: soak
-soak: ## run for hours what `make fuzz` runs for minutes
+soak: ## break real processes, simulate and fuzz, for hours
+	@$(MAKE) --no-print-directory soak-faults
+	@$(MAKE) --no-print-directory simulate
 	@$(MAKE) --no-print-directory fuzz FUZZ_SECONDS=$(SOAK_FUZZ_SECONDS)
 
 .PHONY: lint
