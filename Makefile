@@ -79,6 +79,14 @@ simulate: ## play seeds of the simulated coordinator and workers
 .PHONY: s3-server
 s3-server: $(S3_SERVER)/.installed ## lay out the server of S3 for the Rust tests (once)
 
+# Such as "300..400", or one that has failed.
+FAULT_SEEDS ?= 100..300
+
+.PHONY: soak-faults
+soak-faults: setup ## break real processes at the points that FAULT_SEEDS name (docs/testing.md; 200 seeds take half an hour)
+	$(BUILD_TESTS)
+	FAULT_SEEDS=$(FAULT_SEEDS) $(CARGO) test --workspace --locked --test fault_suite -- --nocapture
+
 .PHONY: test-deploy
 test-deploy: setup $(DEPLOY_VENV)/.installed ## check chart, images, compose file, scripts, schemas and the table of quality
 	$(BUILD_TESTS)
@@ -146,7 +154,9 @@ fuzz-seeds: ## write the seeds of the fuzz targets anew
 	@$(PYTHON) fuzz/run.py --write-seeds
 
 .PHONY: soak
-soak: ## run for hours what `make fuzz` runs for minutes
+soak: ## break real processes, simulate and fuzz, for hours
+	@$(MAKE) --no-print-directory soak-faults
+	@$(MAKE) --no-print-directory simulate
 	@$(MAKE) --no-print-directory fuzz FUZZ_SECONDS=$(SOAK_FUZZ_SECONDS)
 
 .PHONY: lint

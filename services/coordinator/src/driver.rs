@@ -202,7 +202,7 @@ impl Driver {
                     }
                     Some(event) = requests.recv() => event,
                     news = next_news(&mut self.claim) => match news {
-                        ClaimNews::Lost { id, cause } => Event::WorkerLost { worker: WorkerId(id), cause },
+                        ClaimNews::Lost { id, cause } => self.lose(id, cause),
                         ClaimNews::Draining { id } => Event::YieldRequested {
                             reason: format!("worker `{id}` is taken out of service"),
                             requeue: true,
@@ -219,6 +219,16 @@ impl Driver {
             };
             self.advance(event).await;
         }
+    }
+
+    /// A worker of the group is gone, or does not advance.
+    fn lose(&mut self, id: String, cause: String) -> Event {
+        let tp_rank =
+            self.claim.as_ref().and_then(|claim| claim.workers().iter().position(|worker| worker.id == id));
+        if let (Some(tp_rank), Some(calls)) = (tp_rank, &mut self.calls) {
+            calls.lose(tp_rank);
+        }
+        Event::WorkerLost { worker: WorkerId(id), cause }
     }
 
     /// Whether nothing more will happen in this process.

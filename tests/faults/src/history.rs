@@ -36,6 +36,10 @@ impl Outcome {
             perplexities: BTreeMap::new(),
             files: files(out).map_err(|error| format!("`{}` cannot be read: {error}", out.display()))?,
         };
+        // The manifest names its run, and is the same otherwise.
+        if let Some(manifest) = outcome.files.get_mut("espalier_manifest.json") {
+            *manifest = String::from_utf8_lossy(manifest).replace(id, "RUN").into_bytes();
+        }
         for event in events {
             match &event.kind {
                 Some(Kind::Step(step)) => {
@@ -98,11 +102,6 @@ impl Outcome {
         }
         found
     }
-
-    /// Masks decided, files exported.
-    pub(crate) fn sizes(&self) -> (usize, usize) {
-        (self.masks.len(), self.files.len())
-    }
 }
 
 /// Every file below a folder, by its path in it.
@@ -141,6 +140,11 @@ pub(crate) fn check_events(events: &[pb::RunEvent]) -> Vec<String> {
         match &event.kind {
             Some(Kind::StateChange(change)) => ended |= has_ended(change.state()),
             Some(Kind::Step(step)) => {
+                // What was decided before a restart is applied again at its place, and not told again.
+                let earlier = decisions.get(&(generation + 1));
+                if earlier.is_some_and(|decision| decision.step + 1 == next_step) {
+                    generation += 1;
+                }
                 if step.step != next_step || step.generation != generation {
                     wrong.push(format!(
                         "event {revision} is step {} under mask {}, not {next_step} under {generation}",

@@ -17,7 +17,7 @@ use wire::convert::time::time_from_pb;
 use wire::pb::{self, RunState, run_event::Kind};
 
 /// Longest that a run may take, all its faults included.
-const PATIENCE: Duration = Duration::from_secs(150);
+const PATIENCE: Duration = Duration::from_secs(240);
 const START: Duration = Duration::from_secs(60);
 const CALL: Duration = Duration::from_secs(10);
 const POLL: Duration = Duration::from_millis(50);

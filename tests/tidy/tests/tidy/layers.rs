@@ -7,7 +7,7 @@ use tidy_tests::report;
 const DOMAIN: [&str; 6] = ["model-spec", "recipe", "pruning", "sharding", "pruning-run", "planner"];
 
 /// Lowest first. An edge goes to a lower layer only, so packages of one layer never know each other.
-const LAYERS: [&[&str]; 11] = [
+const LAYERS: [&[&str]; 12] = [
     &["model-spec"],
     &["recipe"],
     &["pruning"],
@@ -19,6 +19,7 @@ const LAYERS: [&[&str]; 11] = [
     &["coordinator", "worker"],
     &["espalier"],
     &["cluster-tests", "processes-tests", "security-tests", "simulation-tests", "tidy-tests", "benches"],
+    &["fault-tests"],
 ];
 
 /// From this layer on packages are programs and suites: nothing below may know them, not even in its tests.
