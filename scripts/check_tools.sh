@@ -42,6 +42,12 @@ else
   fi
 fi
 
+# Where Debian puts the server, which is not on the path.
+if [ "${1-}" = --tests ]; then
+  set -- /usr/lib/postgresql/*/bin/postgres
+  [ -x "$1" ] || lack "PostgreSQL's server, for the tests of the run store: apt-get install postgresql"
+fi
+
 if [ -n "$missing" ]; then
   printf 'error: this is missing here:\n%s' "$missing" >&2
   exit 1

@@ -2,9 +2,12 @@
 
 use model_spec::{Family, LayerSpec, ModelSpec, Projection, Rope, RopeScaling};
 use pruning::{KeepMask, ScoreAssembly, ScoreError, StepScores, random_importance};
-use pruning_run::{Effect, Event, Generation, RankReport, Run, RunId, RunOptions, RunSetup, SetupError, WorkerId, transition};
+use pruning_run::{
+    Effect, Event, Generation, RankReport, Run, RunId, RunOptions, RunSetup, SetupError, WorkerId, transition,
+};
 use recipe::{Budget, Pruning, Ramp, Recipe, Shape};
 use sharding::RankLayer;
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -85,50 +88,55 @@ pub fn before_the_decision(
     let setup = Arc::new(RunSetup::new(dense.clone(), recipe, tp_degree, options)?);
     let placement = setup.placement().clone();
     let mut run = Run::new(RunId("bench".into()), setup, None, SystemTime::UNIX_EPOCH).0;
-    let mut end_step = 1;
+    let first_decision = run.setup().pruning_steps().first().copied().unwrap_or(0);
     let workers = (0..tp_degree).map(|rank| WorkerId(format!("w{rank}"))).collect();
-    let mut events = vec![Event::WorkersAssigned { workers }];
+    let mut events = VecDeque::from([Event::WorkersAssigned { workers }]);
     events.extend((0..tp_degree).map(|tp_rank| Event::Loaded { tp_rank, data_sha256: String::new() }));
     if tp_degree > 1 {
-        events.push(Event::RendezvousOpened { rendezvous: Vec::new() });
+        events.push_back(Event::RendezvousOpened { rendezvous: Vec::new() });
         events.extend((0..tp_degree).map(|tp_rank| Event::Joined { tp_rank }));
     }
-    for event in events {
+    let last_rank = tp_degree - 1;
+    while let Some(event) = events.pop_front() {
+        let is_last = matches!(&event, Event::StepEnded { tp_rank, report }
+            if *tp_rank == last_rank && report.step == first_decision);
+        if is_last {
+            return Ok((run, [event, Event::TrainEnded { tp_rank: last_rank }]));
+        }
         let (next, effects) = transition(run, event, SystemTime::UNIX_EPOCH);
         run = next;
         for effect in effects {
-            if let Effect::Train { end_step: end, .. } = effect {
-                end_step = end;
-            }
-        }
-    }
-    let mut last = None;
-    for step in 0..end_step {
-        for (tp_rank, layers) in placement.ranks.iter().enumerate() {
-            for (layer, held) in layers.iter().enumerate() {
-                for projection in Projection::ALL {
-                    let values =
-                        units(held, projection).iter().map(|&unit| score(step, layer, projection, unit));
-                    let generation = Generation::default();
-                    let (first_unit, values) = (0, values.collect());
-                    let event =
-                        Event::Scores { tp_rank, step, generation, layer, projection, first_unit, values };
-                    run = transition(run, event, SystemTime::UNIX_EPOCH).0;
+            if let Effect::Train { first_step, end_step, generation } = effect {
+                for step in first_step..end_step {
+                    for (tp_rank, layers) in placement.ranks.iter().enumerate() {
+                        events.extend(scores(tp_rank, layers, step, generation));
+                        events.push_back(Event::StepEnded { tp_rank, report: report(step) });
+                        if step + 1 == end_step {
+                            events.push_back(Event::TrainEnded { tp_rank });
+                        }
+                    }
                 }
             }
-            let ended = Event::StepEnded { tp_rank, report: report(step) };
-            if step + 1 == end_step && tp_rank + 1 == tp_degree {
-                last = Some(ended);
-                break;
-            }
-            run = transition(run, ended, SystemTime::UNIX_EPOCH).0;
-            if step + 1 == end_step {
-                run = transition(run, Event::TrainEnded { tp_rank }, SystemTime::UNIX_EPOCH).0;
-            }
         }
     }
-    let ended = last.unwrap_or(Event::StepEnded { tp_rank: 0, report: report(0) });
-    Ok((run, [ended, Event::TrainEnded { tp_rank: tp_degree - 1 }]))
+    let ended = Event::StepEnded { tp_rank: last_rank, report: report(0) };
+    Ok((run, [ended, Event::TrainEnded { tp_rank: last_rank }]))
+}
+
+/// All that a rank sends of a step.
+fn scores(
+    tp_rank: usize,
+    layers: &[RankLayer],
+    step: u64,
+    generation: Generation,
+) -> impl Iterator<Item = Event> + '_ {
+    layers.iter().enumerate().flat_map(move |(layer, held)| {
+        Projection::ALL.map(|projection| {
+            let values = units(held, projection).iter().map(|&unit| score(step, layer, projection, unit));
+            let (first_unit, values) = (0, values.collect());
+            Event::Scores { tp_rank, step, generation, layer, projection, first_unit, values }
+        })
+    })
 }
 
 /// From the last rank's report to the effect that has all ranks apply the mask.

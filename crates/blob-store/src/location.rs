@@ -77,7 +77,12 @@ impl FromStr for Location {
         }
         let bucket =
             url.host_str().filter(|host| !host.is_empty()).ok_or_else(|| invalid("it has no bucket"))?;
-        let prefix = rest.split_once('/').map_or("", |(_, prefix)| prefix).trim_end_matches('/');
+        let (authority, prefix) = rest.split_once('/').unwrap_or((rest, ""));
+        // Empty credentials are dropped by the parser, and letters beyond ASCII are escaped.
+        if bucket != authority {
+            return Err(invalid("what follows `s3://` is not a plain name of a bucket"));
+        }
+        let prefix = prefix.trim_end_matches('/');
         if prefix.split('/').any(str::is_empty) && !prefix.is_empty() {
             return Err(invalid("it has an empty part"));
         }
@@ -149,6 +154,9 @@ mod tests {
             "s3:///x",
             "s3://me:secret@models/x",
             "s3://models:80/x",
+            "s3://@models/x",
+            "s3://:@models/x",
+            "s3://m\u{f6}dels/x",
             "s3://models/../other",
             "s3://models//x",
             "http://models/x",

@@ -1,25 +1,33 @@
 use crate::location::name_problem;
 use crate::{BlobError, Location};
 use bytes::Bytes;
-use futures_util::{StreamExt, TryStreamExt};
+use futures_util::stream::{self, FuturesUnordered};
+use futures_util::{Stream, StreamExt, TryStreamExt};
 use object_store::aws::AmazonS3Builder;
-use object_store::buffered::BufWriter;
 use object_store::local::LocalFileSystem;
 use object_store::path::Path as BlobPath;
 use object_store::prefix::PrefixStore;
-use object_store::{BackoffConfig, ClientOptions, ObjectStore, ObjectStoreExt, RetryConfig};
+use object_store::{
+    BackoffConfig, ClientOptions, GetOptions, ObjectMeta, ObjectStore, ObjectStoreExt, RetryConfig,
+    UploadPart,
+};
 use sha2::{Digest, Sha256};
 use std::fmt::Write as _;
 use std::future::Future;
-use std::io::{Read, Write};
+use std::io::Write;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncRead, AsyncReadExt};
 
-/// What is moved at once.
-const PART_BYTES: usize = 8 << 20;
+/// What one request moves.
+const PART_BYTES: u64 = 8 << 20;
+/// Requests under way for one blob.
+const AT_ONCE: usize = 4;
+/// S3 takes 10000 parts: larger files are cut into larger ones.
+const MOST_PARTS: u64 = 9000;
 
 /// How long things may take.
 #[derive(Debug, Clone, Copy)]
@@ -52,6 +60,18 @@ impl BlobStore {
     /// # Errors
     /// When the folder cannot be made, or the variables of S3 make no sense.
     pub fn open(location: &Location, limits: Limits) -> Result<Self, BlobError> {
+        Self::open_with(location, limits, std::iter::empty())
+    }
+
+    /// Opens a location as `open` does, with some of the `AWS_*` variables in place of those of the process.
+    ///
+    /// # Errors
+    /// When the folder cannot be made, or the variables of S3 make no sense.
+    pub fn open_with<'a>(
+        location: &Location,
+        limits: Limits,
+        variables: impl IntoIterator<Item = (&'a str, &'a str)>,
+    ) -> Result<Self, BlobError> {
         let open = |cause| BlobError::Open { store: location.to_string(), cause };
         let inner: Arc<dyn ObjectStore> = match location {
             Location::Folder(path) => {
@@ -68,13 +88,15 @@ impl BlobStore {
                 let client = ClientOptions::new()
                     .with_connect_timeout(limits.call.min(Duration::from_secs(5)))
                     .with_timeout(limits.call);
-                let bucket = AmazonS3Builder::from_env()
-                    .with_client_options(client.with_allow_http(allows_http()))
-                    .with_bucket_name(bucket)
-                    .with_retry(retry)
-                    .build()
-                    .map_err(open)?;
-                Arc::new(PrefixStore::new(bucket, prefix.as_str()))
+                let mut settings =
+                    AmazonS3Builder::from_env().with_client_options(client.with_allow_http(allows_http()));
+                for (variable, value) in variables {
+                    let key = variable.to_ascii_lowercase().parse().map_err(open)?;
+                    settings = settings.with_config(key, value);
+                }
+                let bucket = settings.with_bucket_name(bucket).with_retry(retry).build().map_err(open)?;
+                let prefix = BlobPath::parse(prefix).map_err(|cause| open(cause.into()))?;
+                Arc::new(PrefixStore::new(bucket, prefix))
             }
         };
         Ok(Self { inner, location: location.clone(), limits })
@@ -102,13 +124,8 @@ impl BlobStore {
     /// # Errors
     /// When the store fails or the deadline passes.
     pub async fn put_bytes(&self, name: &str, bytes: Vec<u8>) -> Result<(), BlobError> {
-        let path = self.path(name)?;
-        if bytes.len() > PART_BYTES {
-            let mut reader = bytes.as_slice();
-            return self.put_from(name, &path, &mut reader).await;
-        }
-        let putting = async { self.inner.put(&path, bytes.into()).await };
-        self.within("write", name, self.limits.call, putting).await.map(drop)
+        let source = Source { size: bytes.len() as u64, file: None };
+        self.put_from(name, source, bytes.as_slice()).await
     }
 
     /// Puts a file of this machine.
@@ -116,39 +133,51 @@ impl BlobStore {
     /// # Errors
     /// When it cannot be read, the store fails or the deadline passes.
     pub async fn put_file(&self, name: &str, file: &Path) -> Result<(), BlobError> {
-        let path = self.path(name)?;
         let local = |cause| BlobError::Local { path: file.to_owned(), cause };
-        let mut reader = std::fs::File::open(file).map_err(local)?;
-        self.put_from(name, &path, &mut reader).await
+        let reader = tokio::fs::File::open(file).await.map_err(local)?;
+        let size = reader.metadata().await.map_err(local)?.len();
+        self.put_from(name, Source { size, file: Some(file) }, reader).await
     }
 
     async fn put_from(
         &self,
         name: &str,
-        path: &BlobPath,
-        reader: &mut (dyn Read + Send),
+        source: Source<'_>,
+        mut reader: impl AsyncRead + Unpin,
     ) -> Result<(), BlobError> {
+        let path = self.path(name)?;
+        let part_bytes = PART_BYTES.max(source.size.div_ceil(MOST_PARTS));
+        let first = source.read_part(&mut reader, part_bytes).await?;
+        if (first.len() as u64) < part_bytes {
+            let putting = async { self.inner.put(&path, first.into()).await };
+            return self.within("write", name, self.limits.call, putting).await.map(drop);
+        }
+        let starting = async { self.inner.put_multipart(&path).await };
+        let mut upload = self.within("write", name, self.limits.call, starting).await?;
+        let failed = |cause| self.failed("write", name, cause);
         let putting = async {
-            let generic = |cause: std::io::Error| object_store::Error::Generic {
-                store: "upload",
-                source: Box::new(cause),
-            };
-            let mut writer = BufWriter::with_capacity(self.inner.clone(), path.clone(), PART_BYTES);
-            let mut part = vec![0; PART_BYTES];
-            loop {
-                let count = reader.read(&mut part).map_err(generic)?;
-                if count == 0 {
-                    break;
+            let mut under_way: FuturesUnordered<UploadPart> = FuturesUnordered::new();
+            let mut part = first;
+            while !part.is_empty() {
+                if under_way.len() >= AT_ONCE
+                    && let Some(done) = under_way.next().await
+                {
+                    done.map_err(failed)?;
                 }
-                if let Err(cause) = writer.write_all(&part[..count]).await {
-                    // Nothing of it becomes visible.
-                    let _ = writer.abort().await;
-                    return Err(generic(cause));
-                }
+                under_way.push(upload.put_part(part.into()));
+                part = source.read_part(&mut reader, part_bytes).await?;
             }
-            writer.shutdown().await.map_err(generic)
+            while let Some(done) = under_way.next().await {
+                done.map_err(failed)?;
+            }
+            upload.complete().await.map(drop).map_err(failed)
         };
-        self.within("write", name, self.limits.transfer, putting).await
+        let done = self.in_time("write", name, self.limits.transfer, putting).await;
+        if done.is_err() {
+            // What has been sent was never visible; it only takes up room until it is given up.
+            let _ = tokio::time::timeout(self.limits.call, upload.abort()).await;
+        }
+        done
     }
 
     /// Reads a blob of at most `most` bytes.
@@ -156,24 +185,31 @@ impl BlobStore {
     /// # Errors
     /// When it is not there or larger, the store fails or the deadline passes.
     pub async fn get_bytes(&self, name: &str, most: u64) -> Result<Vec<u8>, BlobError> {
-        let size = self.size(name).await?;
-        if size > most {
-            let (store, name) = (self.location.to_string(), name.to_owned());
-            return Err(BlobError::TooLarge { store, name, actual: size, most });
-        }
         let path = self.path(name)?;
-        let getting = async { self.inner.get(&path).await?.bytes().await };
-        Ok(self.within("read", name, self.limits.transfer, getting).await?.to_vec())
+        let reading = async {
+            let found = self.look(name, &path).await?;
+            if found.size > most {
+                let (store, name) = (self.location.to_string(), name.to_owned());
+                return Err(BlobError::TooLarge { store, name, actual: found.size, most });
+            }
+            let mut parts = pin!(self.parts(name, &path, &found));
+            let mut bytes = Vec::new();
+            while let Some(part) = parts.next().await {
+                bytes.extend_from_slice(&part?);
+            }
+            Ok(bytes)
+        };
+        self.in_time("read", name, self.limits.transfer, reading).await
     }
 
-    /// Reads part of a blob.
+    /// Reads a small part of a blob.
     ///
     /// # Errors
     /// When it is not there, the store fails or the deadline passes.
     pub async fn get_range(&self, name: &str, range: Range<u64>) -> Result<Bytes, BlobError> {
         let path = self.path(name)?;
         let getting = async { self.inner.get_range(&path, range).await };
-        self.within("read", name, self.limits.transfer, getting).await
+        self.within("read", name, self.limits.call, getting).await
     }
 
     /// Size in bytes.
@@ -182,8 +218,34 @@ impl BlobStore {
     /// When it is not there, the store fails or the deadline passes.
     pub async fn size(&self, name: &str) -> Result<u64, BlobError> {
         let path = self.path(name)?;
-        let asking = async { self.inner.head(&path).await };
-        Ok(self.within("look at", name, self.limits.call, asking).await?.size)
+        Ok(self.look(name, &path).await?.size)
+    }
+
+    async fn look(&self, name: &str, path: &BlobPath) -> Result<ObjectMeta, BlobError> {
+        let asking = async { self.inner.head(path).await };
+        self.within("look at", name, self.limits.call, asking).await
+    }
+
+    /// The bytes of a blob as it was `found`, in order. Each part is a request with a deadline of its own: the time of one
+    /// request does not bound the size of what can be read.
+    fn parts(
+        &self,
+        name: &str,
+        path: &BlobPath,
+        found: &ObjectMeta,
+    ) -> impl Stream<Item = Result<Bytes, BlobError>> {
+        let starts = (0..found.size).step_by(PART_BYTES as usize);
+        let ranges: Vec<Range<u64>> = starts.map(|start| start..found.size.min(start + PART_BYTES)).collect();
+        let requests = ranges.into_iter().map(move |range| async move {
+            let options = GetOptions {
+                range: Some(range.into()),
+                if_match: found.e_tag.clone(),
+                ..GetOptions::default()
+            };
+            let getting = async { self.inner.get_opts(path, options).await?.bytes().await };
+            self.within("read", name, self.limits.call, getting).await
+        });
+        stream::iter(requests).buffered(AT_ONCE)
     }
 
     /// Reads a blob into a local file, which appears when it is whole and has the digest expected (hex).
@@ -196,14 +258,17 @@ impl BlobStore {
         let folder = to.parent().unwrap_or(Path::new("."));
         let mut file = tempfile::Builder::new().prefix(".partial-").tempfile_in(folder).map_err(local)?;
         let mut hasher = Sha256::new();
-        let opening = async { self.inner.get(&path).await };
-        let mut stream = self.within("read", name, self.limits.call, opening).await?.into_stream();
-        loop {
-            let next = async { stream.next().await.transpose() };
-            let Some(part) = self.within("read", name, self.limits.transfer, next).await? else { break };
-            hasher.update(&part);
-            file.write_all(&part).map_err(local)?;
-        }
+        let reading = async {
+            let found = self.look(name, &path).await?;
+            let mut parts = pin!(self.parts(name, &path, &found));
+            while let Some(part) = parts.next().await {
+                let part = part?;
+                hasher.update(&part);
+                file.write_all(&part).map_err(local)?;
+            }
+            Ok(())
+        };
+        self.in_time("read", name, self.limits.transfer, reading).await?;
         let actual = hex(&hasher.finalize());
         if let Some(expected) = sha256.filter(|expected| !expected.eq_ignore_ascii_case(&actual)) {
             return Err(BlobError::WrongDigest {
@@ -231,13 +296,32 @@ impl BlobStore {
         Ok(names)
     }
 
+    /// Names of the folders right below `folder`, in order; of a local one also those without a blob that is whole.
+    ///
+    /// # Errors
+    /// When the store fails or the deadline passes.
+    pub async fn folders(&self, folder: &str) -> Result<Vec<String>, BlobError> {
+        let path = self.path(folder)?;
+        let listing = async {
+            match self.inner.list_with_delimiter(Some(&path)).await {
+                Err(object_store::Error::NotFound { .. }) => Ok(Vec::new()),
+                other => Ok(other?.common_prefixes),
+            }
+        };
+        let found = self.within("list", folder, self.limits.call, listing).await?;
+        let mut names: Vec<String> =
+            found.iter().filter_map(|path| path.filename()).map(str::to_owned).collect();
+        names.sort();
+        Ok(names)
+    }
+
     /// Removes all blobs below `folder`; none is no error.
     ///
     /// # Errors
     /// When the store fails or the deadline passes.
     pub async fn delete_folder(&self, folder: &str) -> Result<(), BlobError> {
         for name in self.list(folder).await? {
-            let path = BlobPath::from(name.as_str());
+            let path = self.path(&name)?;
             let deleting = async {
                 match self.inner.delete(&path).await {
                     Err(object_store::Error::NotFound { .. }) => Ok(()),
@@ -253,14 +337,25 @@ impl BlobStore {
         Ok(())
     }
 
+    /// The name as it is: what S3 advises against is not spelt in another way than in a local folder.
     fn path(&self, name: &str) -> Result<BlobPath, BlobError> {
+        let bad = |problem| BlobError::BadName {
+            store: self.location.to_string(),
+            name: name.chars().take(100).collect(),
+            problem,
+        };
         match name_problem(name) {
-            None => Ok(BlobPath::from(name)),
-            Some(problem) => Err(BlobError::BadName {
-                store: self.location.to_string(),
-                name: name.chars().take(100).collect(),
-                problem,
-            }),
+            None => BlobPath::parse(name).map_err(|_| bad("it is not a plain relative path")),
+            Some(problem) => Err(bad(problem)),
+        }
+    }
+
+    fn failed(&self, doing: &'static str, name: &str, cause: object_store::Error) -> BlobError {
+        let (store, name) = (self.location.to_string(), name.to_owned());
+        if let object_store::Error::NotFound { .. } = cause {
+            BlobError::Missing { store, name }
+        } else {
+            BlobError::Failed { store, name, doing, cause }
         }
     }
 
@@ -271,13 +366,44 @@ impl BlobStore {
         deadline: Duration,
         work: impl Future<Output = Result<T, object_store::Error>>,
     ) -> Result<T, BlobError> {
-        let (store, name) = (self.location.to_string(), name.to_owned());
-        match tokio::time::timeout(deadline, work).await {
-            Ok(Ok(done)) => Ok(done),
-            Ok(Err(object_store::Error::NotFound { .. })) => Err(BlobError::Missing { store, name }),
-            Ok(Err(cause)) => Err(BlobError::Failed { store, name, doing, cause }),
-            Err(_) => Err(BlobError::Deadline { store, name, doing, after: deadline }),
-        }
+        let work = async { work.await.map_err(|cause| self.failed(doing, name, cause)) };
+        self.in_time(doing, name, deadline, work).await
+    }
+
+    async fn in_time<T>(
+        &self,
+        doing: &'static str,
+        name: &str,
+        after: Duration,
+        work: impl Future<Output = Result<T, BlobError>>,
+    ) -> Result<T, BlobError> {
+        let late = |_| {
+            let (store, name) = (self.location.to_string(), name.to_owned());
+            Err(BlobError::Deadline { store, name, doing, after })
+        };
+        tokio::time::timeout(after, work).await.unwrap_or_else(late)
+    }
+}
+
+/// Where the bytes of a blob come from.
+struct Source<'a> {
+    size: u64,
+    /// None: from memory.
+    file: Option<&'a Path>,
+}
+
+impl Source<'_> {
+    /// The next `part_bytes`, less only at the end.
+    async fn read_part(
+        &self,
+        reader: &mut (impl AsyncRead + Unpin),
+        part_bytes: u64,
+    ) -> Result<Vec<u8>, BlobError> {
+        let mut part = Vec::with_capacity(usize::try_from(part_bytes.min(self.size)).unwrap_or(0));
+        let path = self.file.unwrap_or(Path::new("memory"));
+        let local = |cause| BlobError::Local { path: path.to_owned(), cause };
+        reader.take(part_bytes).read_to_end(&mut part).await.map_err(local)?;
+        Ok(part)
     }
 }
 

@@ -6,9 +6,7 @@
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 #include <torch/version.h>
 
-#include <atomic>
 #include <cstdlib>
-#include <thread>
 
 static_assert(
     TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR == 11,
@@ -27,26 +25,31 @@ struct Store {
   c10::intrusive_ptr<c10d::TCPStore> tcp;
 };
 
+// A group that another thread can end: its connections are failed as Gloo fails them after a timeout, so whoever waits in
+// a collective, here and on the other ranks, gets an error at once, and so does every later collective.
+class Gloo : public c10d::ProcessGroupGloo {
+ public:
+  using ProcessGroupGloo::ProcessGroupGloo;
+
+  void give_up(const std::string& why) {
+    for (const auto& context : contexts_) {
+      for (int peer = 0; peer < getSize(); ++peer) {
+        if (peer == getRank())
+          continue;
+        if (auto* pair = context->getPair(peer).get())
+          reinterpret_cast<gloo::transport::tcp::Pair*>(pair)->signalExceptionExternal(why);
+      }
+    }
+  }
+};
+
 struct Group {
   c10::intrusive_ptr<c10d::Store> store;
-  c10::intrusive_ptr<c10d::Backend> backend;
-  // Set by another thread once nobody wants the outcome of a collective any more. The caller keeps it.
-  const std::atomic<bool>* gives_up;
+  c10::intrusive_ptr<Gloo> gloo;
 
-  // Looks at the flag now and then: a wait that was begun cannot be broken off otherwise.
-  void finish(const c10::intrusive_ptr<c10d::Work>& work) const {
-    for (;;) {
-      try {
-        if (!work->wait(milliseconds(100)))
-          throw std::runtime_error("collective aborted");
-        return;
-      } catch (...) {
-        if (work->isCompleted())
-          throw;
-      }
-      if (gives_up->load(std::memory_order_acquire))
-        throw std::runtime_error("given up while waiting for the other ranks");
-    }
+  static void finish(const c10::intrusive_ptr<c10d::Work>& work) {
+    if (!work->wait())
+      throw std::runtime_error("collective aborted");
   }
 };
 
@@ -67,20 +70,33 @@ char* esp_store_new(
   });
 }
 
+// How long later calls wait for the server.
+char* esp_store_set_timeout(Store* store, int64_t timeout_ms) {
+  return guard([&] { store->tcp->setTimeout(milliseconds(timeout_ms)); });
+}
+
+char* esp_store_set(Store* store, const char* key) {
+  return guard([&] { store->tcp->set(key, std::vector<uint8_t>{1}); });
+}
+
+// Whether somebody has set `key`; does not wait for it.
+char* esp_store_has(Store* store, const char* key, bool* out) {
+  return guard([&] { *out = store->tcp->check({key}); });
+}
+
 void esp_store_free(Store* store) {
   delete store;
 }
 
 // Joins a Gloo group whose ranks meet in `store`; `bind` is the address that this rank's sockets listen on.
 char* esp_gloo_new(
-    Store* store, const char* bind, int rank, int world, int64_t timeout_ms,
-    const std::atomic<bool>* gives_up, Group** out) {
+    Store* store, const char* bind, int rank, int world, int64_t timeout_ms, Group** out) {
   return guard([&] {
     auto prefixed = c10::make_intrusive<c10d::PrefixStore>("espalier", store->tcp);
     auto options = c10d::ProcessGroupGloo::Options::create(milliseconds(timeout_ms));
     options->devices.push_back(c10d::ProcessGroupGloo::createDeviceForHostname(bind));
-    auto gloo = c10::make_intrusive<c10d::ProcessGroupGloo>(prefixed, rank, world, options);
-    *out = new Group{prefixed, gloo, gives_up};
+    auto gloo = c10::make_intrusive<Gloo>(prefixed, rank, world, options);
+    *out = new Group{prefixed, gloo};
   });
 }
 
@@ -89,17 +105,16 @@ char* esp_all_reduce(Group* group, void* values, int op) {
     std::vector<at::Tensor> list{tensor(values)};
     c10d::AllreduceOptions options;
     options.reduceOp = static_cast<c10d::ReduceOp::RedOpType>(op);
-    group->finish(group->backend->allreduce(list, options));
+    Group::finish(group->gloo->allreduce(list, options));
   });
 }
 
-// Ending a group waits for its collectives. Of one that was given up they end with their timeout, which nobody waits for.
+// Called from another thread than the one that may be in a collective.
+char* esp_group_give_up(Group* group) {
+  return guard([&] { group->gloo->give_up("given up: the session is over"); });
+}
+
 void esp_group_free(Group* group) {
-  if (group->gives_up->load(std::memory_order_acquire)) {
-    group->gives_up = nullptr;
-    std::thread([group] { delete group; }).detach();
-  } else {
-    delete group;
-  }
+  delete group;
 }
 }

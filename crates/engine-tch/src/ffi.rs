@@ -2,7 +2,6 @@
 
 use crate::fault::Fault;
 use std::ffi::{CStr, c_char, c_int, c_void};
-use std::sync::atomic::AtomicBool;
 use tch::Tensor;
 
 #[repr(C)]
@@ -24,6 +23,9 @@ unsafe extern "C" {
         out: *mut *mut RawStore,
         bound: *mut u16,
     ) -> *mut c_char;
+    pub(crate) fn esp_store_set_timeout(store: *mut RawStore, timeout_ms: i64) -> *mut c_char;
+    pub(crate) fn esp_store_set(store: *mut RawStore, key: *const c_char) -> *mut c_char;
+    pub(crate) fn esp_store_has(store: *mut RawStore, key: *const c_char, out: *mut bool) -> *mut c_char;
     pub(crate) fn esp_store_free(store: *mut RawStore);
     pub(crate) fn esp_gloo_new(
         store: *mut RawStore,
@@ -31,10 +33,10 @@ unsafe extern "C" {
         rank: c_int,
         world: c_int,
         timeout_ms: i64,
-        gives_up: *const AtomicBool,
         out: *mut *mut RawGroup,
     ) -> *mut c_char;
     pub(crate) fn esp_all_reduce(group: *mut RawGroup, values: *mut c_void, op: c_int) -> *mut c_char;
+    pub(crate) fn esp_group_give_up(group: *mut RawGroup) -> *mut c_char;
     pub(crate) fn esp_group_free(group: *mut RawGroup);
     pub(crate) fn esp_fused_adamw(
         param: *mut c_void,

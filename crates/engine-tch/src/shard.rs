@@ -26,7 +26,6 @@ use recipe::{Compute, Criterion, Optimizer};
 use sharding::{Placement, vocabulary_rows};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use tch::{Device, Kind, Tensor};
 
@@ -311,19 +310,29 @@ impl Shard {
         Ok((replicated.f_double_value(&[])? + split.f_double_value(&[0])?).sqrt())
     }
 
-    fn name_bad_gradient(&self, step: u64, norm: f64) -> Result<Fault> {
-        for layer in 0..self.layout.layer_count() {
-            for projection in Projection::ALL {
-                for factor in Factor::BOTH {
-                    let gradient = self.layout.view(&self.gradients, layer, projection, factor)?;
-                    if gradient.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
-                        let what = format!("gradient of layer {layer} {projection} {}", factor.name());
-                        return Ok(Fault::NotFinite { what, step, value: norm });
-                    }
-                }
+    /// The first gradient that is not finite on any rank: all ranks name the same.
+    pub(crate) fn name_bad_gradient(&mut self, step: u64, norm: f64) -> Result<Fault> {
+        let places: Vec<(usize, Projection, Factor)> = (0..self.layout.layer_count())
+            .flat_map(|layer| Projection::ALL.map(|projection| (layer, projection)))
+            .flat_map(|(layer, projection)| Factor::BOTH.map(|factor| (layer, projection, factor)))
+            .collect();
+        let mut first = places.len();
+        for (place, (layer, projection, factor)) in places.iter().enumerate() {
+            let gradient = self.layout.view(&self.gradients, *layer, *projection, *factor)?;
+            if gradient.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
+                first = place;
+                break;
             }
         }
-        Ok(Fault::NotFinite { what: "gradient norm".into(), step, value: norm })
+        let mut highest = Tensor::f_full([1i64], -(first as f64), (Kind::Double, self.device))?;
+        self.communicator.all_reduce(&mut highest, ReduceOp::Max)?;
+        let what = match places.get(-highest.f_double_value(&[0])? as usize) {
+            Some((layer, projection, factor)) => {
+                format!("gradient of layer {layer} {projection} {}", factor.name())
+            }
+            None => "gradient norm".into(),
+        };
+        Ok(Fault::NotFinite { what, step, value: norm })
     }
 
     pub(crate) fn scores(
@@ -468,20 +477,20 @@ impl Shard {
         let timeout = self.setup.collective_timeout;
         let served = self.rendezvous.take();
         let progress = self.setup.progress.clone();
-        let gives_up = Arc::new(AtomicBool::new(false));
-        let flag = gives_up.clone();
-        progress.on_give_up(move || flag.store(true, Ordering::Release));
+        let watched = progress.clone();
         let joined: Box<dyn Communicator> = match (Meeting::parse(&rendezvous.0)?, served) {
             (Meeting::Gloo { .. }, Some(store)) => {
-                Box::new(Gloo::join(store, host, rank, degree, timeout, gives_up)?)
+                Box::new(Gloo::join(store, host, rank, degree, timeout, progress)?)
             }
             (Meeting::Gloo { host: address, port }, None) => {
-                let store = Store::connect(&address, port, timeout)?;
-                Box::new(Gloo::join(store, host, rank, degree, timeout, gives_up)?)
+                let store = Store::connect(&address, port, timeout, &progress)?;
+                Box::new(Gloo::join(store, host, rank, degree, timeout, progress)?)
             }
-            (Meeting::Nccl(id), _) => Box::new(Nccl::join(&id, self.device, rank, degree, timeout)?),
+            (Meeting::Nccl(id), _) => {
+                Box::new(Nccl::join(&id, self.device, rank, degree, timeout, progress)?)
+            }
         };
-        self.communicator = Box::new(Watched::new(joined, progress));
+        self.communicator = Box::new(Watched::new(joined, watched));
         Ok(())
     }
 }
@@ -514,7 +523,7 @@ pub fn has_kernels(device: Device) -> bool {
 /// # Errors
 /// When the library is missing or does not work with the device.
 pub fn check_nccl(device: Device, timeout: Duration) -> std::result::Result<(), EngineError> {
-    let mut group = Nccl::join(&unique_id()?, device, 0, 1, timeout)?;
+    let mut group = Nccl::join(&unique_id()?, device, 0, 1, timeout, Arc::default())?;
     for kind in [Kind::Float, Kind::BFloat16] {
         let ones = || Tensor::f_ones([1 << 20], (kind, device)).map_err(Fault::from);
         for op in [ReduceOp::Sum, ReduceOp::Max] {

@@ -75,14 +75,15 @@ impl Teacher {
         let broken =
             || Fault::File("the checkpoint's tensors of the unpruned model do not fit together".into());
         let numbers = |name: &str| -> Result<Vec<f64>> {
-            Ok(Vec::<f64>::try_from(state.tensor(name)?.f_view([-1i64])?).map_err(|_| broken())?)
+            Vec::<f64>::try_from(state.tensor(name)?.f_view([-1i64])?).map_err(|_| broken())
         };
         let (lengths, tokens) = (numbers(LENGTHS)?, numbers(TOKENS)?);
         let (ids, probabilities) = (state.tensor(IDS)?.f_to_kind(Kind::Int)?, state.tensor(PROBABILITIES)?);
         let (mut first_token, mut first_position) = (0_usize, 0_i64);
         for length in lengths {
             let length = length as usize;
-            let window = tokens.get(first_token..first_token + length).ok_or_else(broken)?;
+            let end = first_token.checked_add(length).ok_or_else(broken)?;
+            let window = tokens.get(first_token..end).ok_or_else(broken)?;
             let window: Vec<u32> = window.iter().map(|id| *id as u32).collect();
             let positions = length.saturating_sub(1) as i64;
             let part = |of: &Tensor| -> Result<Tensor> {
@@ -90,7 +91,7 @@ impl Teacher {
             };
             let likeliest = Likeliest { ids: part(&ids)?, probabilities: part(&probabilities)? };
             teacher.windows.insert(window.into(), likeliest);
-            first_token += length;
+            first_token = end;
             first_position += positions;
         }
         Ok(teacher)

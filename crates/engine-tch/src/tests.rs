@@ -12,3 +12,4 @@ mod pieces;
 mod products;
 mod quantised;
 mod resume;
+mod skipped;

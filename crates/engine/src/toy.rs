@@ -254,24 +254,31 @@ impl ToyShard {
                 let line = lines.next().and_then(|line| line.strip_prefix(name));
                 line.and_then(|line| line.trim().parse::<u64>().ok()).ok_or_else(|| bad("is broken"))
             };
-            let (chain, skipped, held) = (number("chain")?, number("skipped")?, number("held")?);
+            let (chain, skipped) = (number("chain")?, number("skipped")?);
+            let placement = lines.next().and_then(|line| line.strip_prefix("placement "));
+            let placement: Option<Placement> = placement.and_then(|text| serde_json::from_str(text).ok());
+            let placement = placement.ok_or_else(|| bad("is broken"))?;
             let taught = lines.filter_map(|line| line.strip_prefix("taught "));
             let taught: BTreeSet<Vec<u32>> =
                 taught.map(|line| line.split(' ').filter_map(|token| token.parse().ok()).collect()).collect();
-            states.push((chain, skipped, held, taught));
+            states.push((chain, skipped, placement, taught));
         }
-        let Some((chain, skipped, _, taught)) = states.first().cloned() else {
+        let Some((chain, skipped, placement, taught)) = states.first().cloned() else {
             return Err(EngineError::File("the checkpoint has no files".into()));
         };
         if states.iter().any(|state| (state.0, state.1) != (chain, skipped)) {
             return Err(EngineError::File("the ranks' files are of different places".into()));
         }
         restore.keep_mask.check_fits(&self.spec).map_err(|error| EngineError::Refused(error.to_string()))?;
-        let restricted = self.placement.restricted_to(&restore.keep_mask);
-        let shrink = self.setup.recipe.pruning.as_ref().map(|pruning| pruning.shrink);
-        self.placement = match shrink {
-            Some(Shrink::Live) => restricted.rebalanced(&self.spec),
-            Some(Shrink::Never) | None => restricted,
+        // Who holds what depends on the masks before this one, so the same degree takes it over.
+        self.placement = if placement.tp_degree() == self.setup.tp_degree {
+            placement
+        } else {
+            let restricted = self.placement.restricted_to(&restore.keep_mask);
+            match self.setup.recipe.pruning.as_ref().map(|pruning| pruning.shrink) {
+                Some(Shrink::Live) => restricted.rebalanced(&self.spec),
+                Some(Shrink::Never) | None => restricted,
+            }
         };
         self.keep_mask = restore.keep_mask.clone();
         self.generation = restore.generation;
@@ -483,10 +490,10 @@ impl ShardEngine for ToyShard {
 
     fn snapshot(&mut self, prompts: &[Vec<u32>]) -> Result<Box<dyn Snapshot>, EngineError> {
         self.require_group()?;
-        let held: usize =
-            self.placement.ranks[self.setup.tp_rank].iter().map(|layer| layer.channels.len()).sum();
+        let placement = serde_json::to_string(&self.placement)
+            .map_err(|error| EngineError::File(format!("the placement cannot be written: {error}")))?;
         let mut text = format!(
-            "toy rank {} of {}, generation {}\nchain {}\nskipped {}\nheld {held}\n",
+            "toy rank {} of {}, generation {}\nchain {}\nskipped {}\nplacement {placement}\n",
             self.setup.tp_rank, self.setup.tp_degree, self.generation, self.chain, self.skipped
         );
         for window in &self.taught {

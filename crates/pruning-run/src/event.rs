@@ -51,7 +51,8 @@ pub enum Event {
     Snapshotted { tp_rank: usize, name: String },
     /// A rank has written its copy for checkpoint `name`.
     Checkpointed { tp_rank: usize, name: String, shard: ShardFile },
-    /// A rank could not write its copy, or the coordinator its own part: checkpoint `name` will never be.
+    /// A rank could not write its copy, or the coordinator its own part: checkpoint `name` will never be. A rank that
+    /// has not yet answered `Snapshotted`, and never will, fails as a whole: `RankFailed`.
     CheckpointFailed { name: String, cause: String },
     /// All files of checkpoint `name` are in the store, the manifest last.
     CheckpointWritten { name: String, size_bytes: u64 },

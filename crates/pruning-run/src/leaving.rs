@@ -74,7 +74,10 @@ impl Transition<'_> {
                 Wish::Cancel { .. } | Wish::Pause { .. } => self.grant(wish),
                 Wish::Yield { .. } => {}
             },
-            Phase::Leaving { .. } => self.run.wish = Some(wish),
+            Phase::Leaving { .. } => {
+                self.announce(&wish);
+                self.run.wish = Some(wish);
+            }
             Phase::Restoring { .. }
             | Phase::Loading { .. }
             | Phase::OpeningRendezvous
@@ -206,6 +209,8 @@ impl Transition<'_> {
                 self.enter(RunState::Recovering, message);
             }
             Phase::Leaving { next: Next::Wish(Wish::Pause { .. }) } => {
+                let message = self.run.at_checkpoint(reason);
+                self.enter(RunState::Recovering, message);
                 self.run.phase = Phase::Leaving {
                     next: Next::Wish(Wish::Yield { reason: reason.to_owned(), requeue: true }),
                 };

@@ -116,7 +116,8 @@ impl Transition<'_> {
 
     fn workers_assigned(&mut self, workers: Vec<WorkerId>) {
         let Phase::Queued { .. } = self.run.phase else { return self.refuse("an assignment", 0) };
-        let (most, at_least) = self.run.wanted_workers();
+        // Since it queued, a last checkpoint may have been completed, after which one worker is enough.
+        let (most, at_least) = (self.run.setup.tp_degree(), self.run.wanted_workers().1);
         let count = workers.len();
         let names = workers.iter().map(|worker| format!("`{worker}`")).collect::<Vec<_>>().join(", ");
         self.run.workers = workers;
@@ -148,11 +149,20 @@ impl Transition<'_> {
     fn restored(&mut self, state: Arc<SavedState>) {
         let Phase::Restoring { from } = &self.run.phase else { return self.refuse("a checkpoint", 0) };
         let from = from.clone();
+        // One that the group before had taken was completed meanwhile.
+        if let Some(newer) = self.run.base().filter(|base| **base != from).cloned() {
+            self.effects.push(Effect::Restore(newer.clone()));
+            self.run.phase = Phase::Restoring { from: newer };
+            return;
+        }
         if self.run.only_exports() {
             self.run.shards = Some((from, state.shards.clone()));
             self.run.keep_mask = Arc::new(state.keep_mask.clone());
             self.run.generation = state.generation;
             self.run.next_step = state.steps_done;
+            if self.run.workers.len() > 1 {
+                self.effects.push(Effect::ReleaseAllButFirst);
+            }
             return self.export();
         }
         if let Err(error) = self.run.restore(&state) {

@@ -1,8 +1,13 @@
-//! A gRPC server with health, reflection, keep-alive, limits, a span for each call, and an orderly end.
+//! A gRPC server with health, reflection, access control, limits, a span for each call, and an orderly end.
 
+use crate::audit::AuditSink;
+use crate::guard::{GuardLayer, Rules};
+use crate::incoming::Incoming;
 use crate::listen::Listener;
 use crate::trace_context::request_span;
 use std::convert::Infallible;
+use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 use tonic::body::Body;
@@ -10,15 +15,9 @@ use tonic::codegen::{Service, http};
 use tonic::server::NamedService;
 use tonic::service::RoutesBuilder;
 use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 use tracing::{debug, warn};
-
-const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(10);
-const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(10);
-const MAX_STREAMS_PER_CONNECTION: u32 = 256;
-const MAX_HEADER_BYTES: u32 = 64 << 10;
 
 /// Why a server could not run.
 #[derive(Debug, thiserror::Error)]
@@ -31,11 +30,17 @@ pub enum ServeError {
 
 /// Collects services, then serves them. The health of each, and of the server as a whole under the empty name, is
 /// SERVING from the start and NOT_SERVING once told to stop.
-#[derive(Debug)]
 pub struct GrpcServer {
     routes: RoutesBuilder,
     health: HealthReporter,
     names: Vec<&'static str>,
+    sink: Option<Arc<dyn AuditSink>>,
+}
+
+impl fmt::Debug for GrpcServer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GrpcServer").field("names", &self.names).finish_non_exhaustive()
+    }
 }
 
 impl GrpcServer {
@@ -55,7 +60,7 @@ impl GrpcServer {
             .add_service(health_service)
             .add_service(configured().build_v1().map_err(ServeError::Reflection)?)
             .add_service(configured().build_v1alpha().map_err(ServeError::Reflection)?);
-        Ok(Self { routes, health, names: vec![""] })
+        Ok(Self { routes, health, names: vec![""], sink: None })
     }
 
     /// Adds a service.
@@ -75,6 +80,13 @@ impl GrpcServer {
         self
     }
 
+    /// Tells `sink` of every changing call, besides the log.
+    #[must_use]
+    pub fn with_audit(mut self, sink: Arc<dyn AuditSink>) -> Self {
+        self.sink = Some(sink);
+        self
+    }
+
     /// What sets the health of the services, by their full names.
     #[must_use]
     pub fn health(&self) -> HealthReporter {
@@ -91,7 +103,7 @@ impl GrpcServer {
         stop: CancellationToken,
         grace: Duration,
     ) -> Result<(), ServeError> {
-        let Self { routes, health, names } = self;
+        let Self { routes, health, names, sink } = self;
         for name in &names {
             health.set_service_status(*name, ServingStatus::Serving).await;
         }
@@ -107,14 +119,23 @@ impl GrpcServer {
                 draining.cancel();
             }
         };
-        let serving = Server::builder()
+        let Listener { socket, tls, policy, limits, .. } = listener;
+        let keep_alive = Some(Duration::from_secs(limits.keep_alive_seconds));
+        let mut server = Server::builder();
+        if let Some(seconds) = limits.max_connection_seconds {
+            server = server.max_connection_age(Duration::from_secs(seconds));
+        }
+        let serving = server
             .trace_fn(request_span)
-            .http2_keepalive_interval(Some(KEEP_ALIVE_INTERVAL))
-            .http2_keepalive_timeout(Some(KEEP_ALIVE_TIMEOUT))
-            .max_concurrent_streams(MAX_STREAMS_PER_CONNECTION)
-            .http2_max_header_list_size(MAX_HEADER_BYTES)
+            .http2_keepalive_interval(keep_alive)
+            .http2_keepalive_timeout(keep_alive)
+            .max_concurrent_streams(limits.max_streams)
+            .http2_max_header_list_size(limits.max_header_bytes)
+            .concurrency_limit_per_connection(limits.max_calls as usize)
+            .load_shed(true)
+            .layer(GuardLayer(Arc::new(Rules { policy, limits, sink })))
             .add_routes(routes.routes())
-            .serve_with_incoming_shutdown(TcpIncoming::from(listener.socket).with_nodelay(Some(true)), told);
+            .serve_with_incoming_shutdown(Incoming::new(socket, tls, limits), told);
         let overdue = async {
             draining.cancelled().await;
             tokio::time::sleep(grace).await;

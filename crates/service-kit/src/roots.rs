@@ -1,12 +1,16 @@
 //! Paths that a request may name: absolute, below an allowed root, and still there when every link is followed.
 
+mod urls;
+
+pub use urls::Location;
+
 use std::io::{self, ErrorKind};
 use std::path::{Component, Path, PathBuf};
 
 /// The folders below which models, data and outputs may lie.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct RootArgs {
-    /// Folder below which models, data and outputs may lie; may be given more than once
+    /// Folder, or s3://bucket/prefix, below which models, data and outputs may lie; may be given more than once
     #[arg(long = "root", env = "ESPALIER_ROOTS", value_name = "DIR", value_delimiter = ':')]
     pub roots: Vec<PathBuf>,
 }
@@ -17,7 +21,7 @@ impl RootArgs {
     /// # Errors
     /// When there is none, or one is not a folder.
     pub fn open(&self) -> Result<Roots, RootsError> {
-        Roots::new(&self.roots)
+        Roots::new(&urls::rejoined(&self.roots))
     }
 }
 
@@ -34,6 +38,8 @@ pub enum RootsError {
     },
     #[error("--root `{root}` is not a folder")]
     NotAFolder { root: PathBuf },
+    #[error("a --root cannot be used")]
+    Url(#[source] PathRefused),
 }
 
 /// Why a path is refused.
@@ -53,6 +59,10 @@ pub enum PathRefused {
     DanglingLink { path: PathBuf },
     #[error("`{path}` is not a folder")]
     NotAFolder { path: PathBuf },
+    #[error("`{url}` is refused: {problem}; give an absolute path, file:///path or s3://bucket/prefix")]
+    Url { url: String, problem: &'static str },
+    #[error("`{url}` lies below none of the allowed roots ({roots})")]
+    OutsideUrl { url: String, roots: String },
     #[error("`{path}` cannot be looked at")]
     Unreadable {
         path: PathBuf,
@@ -65,6 +75,7 @@ pub enum PathRefused {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Roots {
     roots: Vec<Root>,
+    buckets: Vec<urls::Bucket>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -74,8 +85,10 @@ struct Root {
 }
 
 impl Roots {
+    /// Roots that are folders or `s3://` URLs.
+    ///
     /// # Errors
-    /// When there is none, or one is not a folder.
+    /// When there is none, or one is neither a folder nor such a URL.
     pub fn new(folders: &[PathBuf]) -> Result<Self, RootsError> {
         if folders.is_empty() {
             return Err(RootsError::None);
@@ -88,7 +101,8 @@ impl Roots {
             }
             Ok(Root { given: std::path::absolute(folder).map_err(unreadable)?, real })
         };
-        Ok(Self { roots: folders.iter().map(open).collect::<Result<_, _>>()? })
+        let (buckets, folders) = urls::split(folders)?;
+        Ok(Self { roots: folders.iter().map(open).collect::<Result<_, _>>()?, buckets })
     }
 
     /// The real path of a file or folder that is to be read. Blocks on the file system.
@@ -183,8 +197,12 @@ impl Roots {
     }
 
     fn outside(&self, path: &Path) -> PathRefused {
-        let roots: Vec<String> = self.roots.iter().map(|root| root.given.display().to_string()).collect();
-        PathRefused::Outside { path: path.to_owned(), roots: roots.join(", ") }
+        PathRefused::Outside { path: path.to_owned(), roots: self.listed() }
+    }
+
+    fn listed(&self) -> String {
+        let folders = self.roots.iter().map(|root| root.given.display().to_string());
+        folders.chain(self.buckets.iter().map(ToString::to_string)).collect::<Vec<_>>().join(", ")
     }
 }
 

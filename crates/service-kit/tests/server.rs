@@ -36,6 +36,18 @@ impl RegistryService for Registry {
         *self.seen.lock().unwrap() = header;
         Ok(Response::new(pb::RenewResponse::default()))
     }
+    async fn deregister(
+        &self,
+        _: Request<pb::DeregisterRequest>,
+    ) -> Result<Response<pb::DeregisterResponse>, Status> {
+        Ok(Response::new(pb::DeregisterResponse::default()))
+    }
+    async fn drain_worker(
+        &self,
+        _: Request<pb::DrainWorkerRequest>,
+    ) -> Result<Response<pb::DrainWorkerResponse>, Status> {
+        Ok(Response::new(pb::DrainWorkerResponse::default()))
+    }
     async fn list_workers(
         &self,
         _: Request<pb::ListWorkersRequest>,

@@ -3,6 +3,12 @@
 //! No call goes without a deadline: wrap its message by [`within`]. A stream's deadline ends with its response headers;
 //! after that keep-alive notices a peer that is gone.
 
+mod security;
+mod token;
+
+pub use security::{ClientSecurity, SecurityError, TlsFiles};
+pub use token::{Token, TokenError};
+
 use crate::limits;
 use crate::pb::registry_service_client::RegistryServiceClient;
 use crate::pb::run_service_client::RunServiceClient;
@@ -16,8 +22,8 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Request, Status};
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 
-/// A channel that sends the current span's trace context along.
-pub type TracedChannel = InterceptedService<Channel, TraceContext>;
+/// A channel that sends the current span's trace context along, and a token if there is one.
+pub type TracedChannel = InterceptedService<Channel, CallContext>;
 pub type RunClient = RunServiceClient<TracedChannel>;
 pub type RegistryClient = RegistryServiceClient<TracedChannel>;
 pub type WorkerClient = WorkerServiceClient<TracedChannel>;
@@ -27,6 +33,15 @@ pub type WorkerClient = WorkerServiceClient<TracedChannel>;
 pub enum ConnectError {
     #[error("`{endpoint}` is not a URL such as http://127.0.0.1:7070")]
     BadUrl { endpoint: String },
+    #[error("`{endpoint}` needs --tls-ca FILE: the certificates of who may sign the server's")]
+    NoAuthority { endpoint: String },
+    #[error("`{endpoint}` is not encrypted, but --tls-ca is given; use https://")]
+    Plain { endpoint: String },
+    #[error(
+        "a token is not sent to `{endpoint}`, another machine, without encryption; use https://, or pass --insecure \
+         where the network itself is closed"
+    )]
+    PlainToken { endpoint: String },
     #[error("failed to connect to {endpoint}; is it running, and is the address right?")]
     Unreachable {
         endpoint: String,
@@ -35,7 +50,33 @@ pub enum ConnectError {
     },
 }
 
-/// A channel that connects at its first use, and again after it broke.
+/// A way to a server, with what proves to it who is calling.
+#[derive(Debug, Clone)]
+pub struct Connection {
+    channel: Channel,
+    token: Option<Token>,
+}
+
+impl From<Channel> for Connection {
+    fn from(channel: Channel) -> Self {
+        Self { channel, token: None }
+    }
+}
+
+impl Connection {
+    /// The channel with trace context and token, for clients other than the three below.
+    #[must_use]
+    pub fn traced(self) -> TracedChannel {
+        let (channel, context) = self.split();
+        InterceptedService::new(channel, context)
+    }
+
+    fn split(self) -> (Channel, CallContext) {
+        (self.channel, CallContext { token: self.token })
+    }
+}
+
+/// A plain channel that connects at its first use, and again after it broke.
 ///
 /// # Errors
 /// When `endpoint` is not an `http://` URL with a host.
@@ -43,7 +84,7 @@ pub fn lazy_channel(endpoint: &str) -> Result<Channel, ConnectError> {
     Ok(described(endpoint)?.connect_lazy())
 }
 
-/// A channel that is connected.
+/// A plain channel that is connected.
 ///
 /// # Errors
 /// When `endpoint` is not a URL or nobody answers there in [`limits::CONNECT_TIMEOUT`].
@@ -74,24 +115,27 @@ fn described(endpoint: &str) -> Result<Endpoint, ConnectError> {
 
 /// The coordinator, as operators see it.
 #[must_use]
-pub fn run_client(channel: Channel) -> RunClient {
-    RunServiceClient::with_interceptor(channel, TraceContext)
+pub fn run_client(connection: impl Into<Connection>) -> RunClient {
+    let (channel, context) = connection.into().split();
+    RunServiceClient::with_interceptor(channel, context)
         .max_decoding_message_size(limits::MASK_MESSAGE_BYTES)
         .max_encoding_message_size(limits::MESSAGE_BYTES)
 }
 
 /// The coordinator, as workers see it.
 #[must_use]
-pub fn registry_client(channel: Channel) -> RegistryClient {
-    RegistryServiceClient::with_interceptor(channel, TraceContext)
+pub fn registry_client(connection: impl Into<Connection>) -> RegistryClient {
+    let (channel, context) = connection.into().split();
+    RegistryServiceClient::with_interceptor(channel, context)
         .max_decoding_message_size(limits::MESSAGE_BYTES)
         .max_encoding_message_size(limits::MESSAGE_BYTES)
 }
 
 /// A worker, as the coordinator sees it.
 #[must_use]
-pub fn worker_client(channel: Channel) -> WorkerClient {
-    WorkerServiceClient::with_interceptor(channel, TraceContext)
+pub fn worker_client(connection: impl Into<Connection>) -> WorkerClient {
+    let (channel, context) = connection.into().split();
+    WorkerServiceClient::with_interceptor(channel, context)
         .max_decoding_message_size(limits::MASK_MESSAGE_BYTES)
         .max_encoding_message_size(limits::MASK_MESSAGE_BYTES)
 }
@@ -104,16 +148,21 @@ pub fn within<T>(deadline: Duration, message: T) -> Request<T> {
     request
 }
 
-/// Puts the current span's W3C trace context into the metadata of every call.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct TraceContext;
+/// Puts the current span's W3C trace context, and the token, into the metadata of every call.
+#[derive(Debug, Clone, Default)]
+pub struct CallContext {
+    token: Option<Token>,
+}
 
-impl Interceptor for TraceContext {
+impl Interceptor for CallContext {
     fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
         let context = tracing::Span::current().context();
         opentelemetry::global::get_text_map_propagator(|propagator| {
             propagator.inject_context(&context, &mut Metadata(request.metadata_mut()));
         });
+        if let Some(token) = &self.token {
+            request.metadata_mut().insert("authorization", token.authorization());
+        }
         Ok(request)
     }
 }
@@ -165,7 +214,7 @@ mod tests {
         let (sent, trace_id) = tracing::subscriber::with_default(subscriber, || {
             let span = tracing::info_span!("call");
             let _entered = span.enter();
-            let request = TraceContext.call(Request::new(())).unwrap();
+            let request = CallContext::default().call(Request::new(())).unwrap();
             let sent = request.metadata().get("traceparent").unwrap().to_str().unwrap().to_owned();
             (sent, span.context().span().span_context().trace_id().to_string())
         });

@@ -7,8 +7,10 @@ pub mod client;
 pub mod convert;
 mod fields;
 pub mod limits;
+pub mod reloading;
 mod spec;
 pub mod status;
+pub mod tls;
 
 pub use fields::{InvalidFields, Violations};
 pub use recipe::FieldViolation;

@@ -69,12 +69,16 @@ pub enum Reason {
     DeviceFailed,
     ShuttingDown,
     DeadlineExceeded,
+    /// No valid token or client certificate came with the call.
+    Unauthenticated,
+    /// The caller is known, but its role does not allow the call.
+    PermissionDenied,
     /// A fault of ours.
     Internal,
 }
 
 impl Reason {
-    pub const ALL: [Self; 30] = [
+    pub const ALL: [Self; 32] = [
         Self::InvalidFields,
         Self::RunNotFound,
         Self::DecisionNotFound,
@@ -104,6 +108,8 @@ impl Reason {
         Self::DeviceFailed,
         Self::ShuttingDown,
         Self::DeadlineExceeded,
+        Self::Unauthenticated,
+        Self::PermissionDenied,
         Self::Internal,
     ];
 
@@ -139,6 +145,8 @@ impl Reason {
             Self::DeviceFailed => ("DEVICE_FAILED", Code::Internal),
             Self::ShuttingDown => ("SHUTTING_DOWN", Code::Unavailable),
             Self::DeadlineExceeded => ("DEADLINE_EXCEEDED", Code::DeadlineExceeded),
+            Self::Unauthenticated => ("UNAUTHENTICATED", Code::Unauthenticated),
+            Self::PermissionDenied => ("PERMISSION_DENIED", Code::PermissionDenied),
             Self::Internal => ("INTERNAL", Code::Internal),
         }
     }

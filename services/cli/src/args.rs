@@ -4,6 +4,8 @@ mod local;
 mod plan;
 mod recipe_flags;
 mod remote;
+mod security;
+mod token;
 
 pub(crate) use local::{EvalArgs, ImportArgs, ImportDtype, LogitsArgs, MeasureArgs, PruneArgs, ReportArgs};
 pub(crate) use plan::{DeviceArgs, PlanArgs};
@@ -12,6 +14,8 @@ pub(crate) use remote::{
     CancelArgs, CreateArgs, DownloadArgs, DrainArgs, EvaluateArgs, ExportArgs, ForkArgs, ListArgs, MaskArgs,
     RemoteArgs, RunIdArgs, WatchArgs, WhatIfArgs, WorkersArgs,
 };
+
+pub(crate) use token::{TokenArgs, TokenCommand};
 
 use clap::{Parser, Subcommand};
 
@@ -100,6 +104,9 @@ pub(crate) enum Command {
     Workers(WorkersArgs),
     /// Take a worker out of service: its run is checkpointed and goes on with other workers
     Drain(DrainArgs),
+    // Of access.
+    /// Make tokens for people and programs that call a coordinator
+    Token(TokenArgs),
 }
 
 #[cfg(test)]

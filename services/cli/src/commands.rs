@@ -9,6 +9,7 @@ mod plan;
 mod prune;
 mod remote;
 mod report;
+mod token;
 
 use crate::args::Command;
 use crate::failure::Failure;
@@ -42,5 +43,6 @@ pub(crate) async fn run(command: Command) -> Result<(), Failure> {
         Command::Mask(args) => remote::mask(args).await,
         Command::Workers(args) => remote::workers(args).await,
         Command::Drain(args) => remote::drain(args).await,
+        Command::Token(args) => token::run(&args),
     }
 }

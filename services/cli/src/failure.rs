@@ -75,7 +75,10 @@ impl From<anyhow::Error> for Failure {
 impl From<wire::client::ConnectError> for Failure {
     fn from(error: wire::client::ConnectError) -> Self {
         match error {
-            wire::client::ConnectError::BadUrl { .. } => Self::BadInput(error.into()),
+            wire::client::ConnectError::BadUrl { .. }
+            | wire::client::ConnectError::NoAuthority { .. }
+            | wire::client::ConnectError::Plain { .. }
+            | wire::client::ConnectError::PlainToken { .. } => Self::BadInput(error.into()),
             wire::client::ConnectError::Unreachable { .. } => Self::Failed(error.into()),
         }
     }

@@ -336,8 +336,7 @@ pub(crate) fn what_if_table(answer: &pb::QueryWhatIfResponse) -> String {
 /// The files that a run has exported.
 #[must_use]
 pub(crate) fn artifacts_table(artifacts: &[pb::Artifact]) -> String {
-    let mut table = table(&[]);
-    table.set_header(["file", "size", "SHA-256"]);
+    let mut table = table(&["file", "size", "SHA-256"]);
     for artifact in artifacts {
         table.add_row([artifact.name.clone(), units::bytes(artifact.size_bytes), artifact.sha256.clone()]);
     }

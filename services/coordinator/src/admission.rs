@@ -3,6 +3,7 @@
 use crate::records::StoredRun;
 use checkpoint::{ModelFolder, export_form};
 use model_spec::{Family, LayerSpec, ModelSpec};
+use planner::{Device, Question, Refusal};
 use pruning_run::{RunOptions, RunSetup};
 use recipe::{Budget, FieldViolation, Shape};
 use service_kit::Roots;
@@ -10,6 +11,7 @@ use sharding::Placement;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
+use wire::convert::plan::estimate_to_pb;
 use wire::convert::{mask, recipe::field_of_message, run};
 use wire::status::chain;
 use wire::{EvaluationSpec, ExportSpec, InvalidFields, RunSpec, TaskSpec, TextSource, Violations, pb};
@@ -37,6 +39,7 @@ pub(crate) fn admit(
     spec: &RunSpec,
     roots: &Roots,
     blame_grace: Duration,
+    device: &Device,
     stop_pruning: bool,
     mut found: Violations,
 ) -> Result<Admitted, InvalidFields> {
@@ -56,8 +59,36 @@ pub(crate) fn admit(
     let setup = setup.ok_or_else(|| InvalidFields {
         violations: vec![FieldViolation { field: SPEC.to_owned(), problem: "cannot be set up".to_owned() }],
     })?;
-    let plan = plan(spec, &setup);
+    let mut plan = plan(spec, &setup);
+    plan.estimate = Some(estimated(spec, &setup, device, &plan.export_form)?);
     Ok(Admitted { setup: Arc::new(setup), plan })
+}
+
+/// What the run will take on `device`.
+///
+/// # Errors
+/// When it cannot fit there, or its result cannot be exported.
+fn estimated(
+    spec: &RunSpec,
+    setup: &RunSetup,
+    device: &Device,
+    export_form: &str,
+) -> Result<pb::Estimate, InvalidFields> {
+    let question = Question { dense: setup.dense(), recipe: &spec.recipe, tp_degree: spec.tp_degree, device };
+    let refused = |refusals: Vec<Refusal>| {
+        let violations = refusals.iter().map(|refusal| FieldViolation {
+            field: format!("{SPEC}.{}", refusal.field()),
+            problem: refusal.to_string(),
+        });
+        InvalidFields { violations: violations.collect() }
+    };
+    let estimate = planner::estimate(&question).map_err(refused)?;
+    let cannot_export =
+        export_form.strip_prefix("none: ").filter(|_| spec.export.is_some()).map(str::to_owned);
+    match planner::refusals(&estimate, &spec.recipe, device.memory_bytes, cannot_export) {
+        none if none.is_empty() => Ok(estimate_to_pb(&estimate)),
+        found => Err(refused(found)),
+    }
 }
 
 /// Files of text that are there and may be read; what is wrong goes to `found`.

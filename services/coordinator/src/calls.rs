@@ -5,6 +5,7 @@ use crate::messages;
 use crate::registry::device_kind;
 use pruning_run::{Event, Fault, Generation, Measurement, ShardFile, TaskScore};
 use recipe::Compensation;
+use std::collections::BTreeSet;
 use std::future::Future;
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -12,7 +13,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
 use tonic::Status;
 use tracing::{Instrument, debug, warn};
-use wire::client::{WorkerClient, lazy_channel, within, worker_client};
+use wire::client::{ClientSecurity, WorkerClient, within, worker_client};
 use wire::convert::{mask, scores};
 use wire::pb;
 use wire::status::{Reason, chain, describe, reason};
@@ -26,6 +27,8 @@ pub(crate) struct Calls {
     deadlines: Deadlines,
     outcomes: mpsc::Sender<Event>,
     in_flight: JoinSet<()>,
+    /// Ranks whose worker is gone: nobody waits for what they answer.
+    lost: BTreeSet<usize>,
 }
 
 /// What all ranks load; rank and session are filled in for each.
@@ -50,20 +53,28 @@ impl Calls {
     pub(crate) fn new(
         session_id: String,
         workers: &[pb::WorkerInfo],
+        peers: &ClientSecurity,
         deadlines: Deadlines,
         outcomes: mpsc::Sender<Event>,
     ) -> Result<Self, String> {
         let clients = workers
             .iter()
             .map(|worker| {
-                let channel = lazy_channel(&worker.endpoint)
+                let channel = peers
+                    .lazy(&worker.endpoint)
                     .map_err(|error| format!("worker `{}`: {}", worker.id, chain(&error)))?;
                 Ok(worker_client(channel))
             })
             .collect::<Result<_, String>>()?;
         let on_gpus = workers.iter().all(|worker| device_kind(&worker.device) == "cuda");
         let backend = if on_gpus { pb::CollectiveBackend::Nccl } else { pb::CollectiveBackend::Gloo };
-        Ok(Self { session_id, clients, backend, deadlines, outcomes, in_flight: JoinSet::new() })
+        let (in_flight, lost) = (JoinSet::new(), BTreeSet::new());
+        Ok(Self { session_id, clients, backend, deadlines, outcomes, in_flight, lost })
+    }
+
+    /// Notes that a rank's worker is gone, or does not advance.
+    pub(crate) fn lose(&mut self, tp_rank: usize) {
+        self.lost.insert(tp_rank);
     }
 
     pub(crate) fn load(&mut self, plan: &LoadPlan) {
@@ -251,6 +262,8 @@ impl Calls {
     }
 
     /// Drops all calls in flight and ends the sessions. Tells of rank 0's failure alone: nobody needs the others again.
+    ///
+    /// A lost rank is told as well, but not waited for: its silence must not keep the others from a new group.
     pub(crate) async fn abort_sessions(&mut self) -> Result<(), Fault> {
         self.in_flight.shutdown().await;
         let deadline = self.deadlines.abort;
@@ -261,7 +274,11 @@ impl Calls {
                 let answer = in_time("Abort", deadline, client.abort(within(deadline, request))).await;
                 (tp_rank, answer.err())
             };
-            aborting.spawn(abort.in_current_span());
+            if self.lost.contains(&tp_rank) {
+                tokio::spawn(abort.in_current_span());
+            } else {
+                aborting.spawn(abort.in_current_span());
+            }
         }
         let mut first = Ok(());
         while let Some(ended) = aborting.join_next().await {

@@ -13,6 +13,7 @@ use std::time::Duration;
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use wire::client::ClientSecurity;
 
 /// What all parts of a coordinator share.
 #[derive(Debug)]
@@ -21,6 +22,8 @@ pub(crate) struct Context {
     pub(crate) stores: Stores,
     pub(crate) registry: Arc<Registry>,
     pub(crate) roots: Roots,
+    /// What workers are shown.
+    pub(crate) peers: ClientSecurity,
     pub(crate) deadlines: Deadlines,
     pub(crate) drain: Duration,
     /// Held while a run is created, so that two creations see each other.
@@ -29,6 +32,8 @@ pub(crate) struct Context {
     pub(crate) tasks: TaskTracker,
     /// Cancelled when nothing new may start.
     pub(crate) stopping: CancellationToken,
+    /// Cancelled when all runs rest and only streams are left.
+    pub(crate) closing: CancellationToken,
     /// Cancelled when another coordinator has taken the store.
     pub(crate) fenced: CancellationToken,
 }
@@ -36,7 +41,7 @@ pub(crate) struct Context {
 impl Context {
     /// # Errors
     /// When a folder is missing or cannot be made, or the database cannot be opened.
-    pub(crate) async fn open(config: &CoordinatorConfig) -> anyhow::Result<Arc<Self>> {
+    pub(crate) async fn open(config: &CoordinatorConfig, peers: ClientSecurity) -> anyhow::Result<Arc<Self>> {
         let roots = config.roots.open()?;
         let data_dir = folder(&config.data_dir, "--data-dir")?;
         let location = checkpoint_location(config, &data_dir, &roots)?;
@@ -51,11 +56,13 @@ impl Context {
             stores: Stores::new(runs, blobs),
             registry: Registry::new(config.patience()),
             roots,
+            peers,
             deadlines: config.deadlines(),
             drain: config.drain(),
             creating: Mutex::new(()),
             tasks: TaskTracker::new(),
             stopping: CancellationToken::new(),
+            closing: CancellationToken::new(),
             fenced: CancellationToken::new(),
         }))
     }

@@ -202,7 +202,7 @@ impl Driver {
                     }
                     Some(event) = requests.recv() => event,
                     news = next_news(&mut self.claim) => match news {
-                        ClaimNews::Lost { id, cause } => Event::WorkerLost { worker: WorkerId(id), cause },
+                        ClaimNews::Lost { id, cause } => self.lose(id, cause),
                         ClaimNews::Draining { id } => Event::YieldRequested {
                             reason: format!("worker `{id}` is taken out of service"),
                             requeue: true,
@@ -219,6 +219,16 @@ impl Driver {
             };
             self.advance(event).await;
         }
+    }
+
+    /// A worker of the group is gone, or does not advance.
+    fn lose(&mut self, id: String, cause: String) -> Event {
+        let tp_rank =
+            self.claim.as_ref().and_then(|claim| claim.workers().iter().position(|worker| worker.id == id));
+        if let (Some(tp_rank), Some(calls)) = (tp_rank, &mut self.calls) {
+            calls.lose(tp_rank);
+        }
+        Event::WorkerLost { worker: WorkerId(id), cause }
     }
 
     /// Whether nothing more will happen in this process.
@@ -265,7 +275,13 @@ impl Driver {
         let Some(claim) = &self.claim else { return Err("no workers are held".to_owned()) };
         let (sender, outcomes) = mpsc::channel(OUTCOMES);
         let session_id = format!("{}-{}", self.record.id, &uuid::Uuid::new_v4().simple().to_string()[..8]);
-        self.calls = Some(Calls::new(session_id, claim.workers(), self.context.deadlines, sender)?);
+        self.calls = Some(Calls::new(
+            session_id,
+            claim.workers(),
+            &self.context.peers,
+            self.context.deadlines,
+            sender,
+        )?);
         self.outcomes = Some(outcomes);
         Ok(())
     }
@@ -335,7 +351,10 @@ impl Driver {
                 self.calls = None;
                 self.outcomes = None;
                 self.claim = None;
-                self.record.assign(Vec::new());
+                // Of a run that has ended it stays known who held it last.
+                if !self.has_ended() {
+                    self.record.assign(Vec::new());
+                }
             }
             Effect::AbortSessions => self.abort_sessions().await,
             Effect::Restore(place) => self.restore(place),

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, instrument};
-use wire::client::{lazy_channel, worker_client};
+use wire::client::worker_client;
 use wire::convert::{data, recipe as recipe_message, run};
 use wire::status::{Failure, Reason, chain};
 use wire::{EvaluationSpec, ExportSpec, TaskSpec};
@@ -70,10 +70,10 @@ pub(crate) async fn evaluate(
     };
     let mut left = wanted.measurements();
     let session_id = format!("{}-evaluate-{}", record.id, uuid::Uuid::new_v4().simple());
-    let deadlines = context.deadlines;
+    let (deadlines, peers) = (context.deadlines, context.peers.clone());
     in_background(context, move |given_up| async move {
         let (sender, mut outcomes) = mpsc::channel(4);
-        let mut calls = Calls::new(session_id, claim.workers(), deadlines, sender)
+        let mut calls = Calls::new(session_id, claim.workers(), &peers, deadlines, sender)
             .map_err(|cause| Failure::new(Reason::Internal, cause))?;
         let mut claim = claim;
         calls.load(&plan);
@@ -190,10 +190,10 @@ pub(crate) async fn export(
     let folder = context.stores.folder(&checkpoint.place);
     let export = Some(run::export_to_pb(&spec));
     let request = export_request(record, folder, &state.shards, &state.keep_mask, export);
-    let (deadline, of_run) = (context.deadlines.export, record.clone());
+    let (deadline, of_run, peers) = (context.deadlines.export, record.clone(), context.peers.clone());
     in_background(context, move |given_up| async move {
         let worker = claim.workers().first().cloned().unwrap_or_default();
-        let channel = lazy_channel(&worker.endpoint).map_err(|error| {
+        let channel = peers.lazy(&worker.endpoint).map_err(|error| {
             Failure::new(Reason::Internal, format!("worker `{}`: {}", worker.id, chain(&error)))
         })?;
         let writing = in_time("Export", deadline, export_on(worker_client(channel), request, deadline));

@@ -1,6 +1,7 @@
 //! Which workers there are, which of them are idle, and who waits for them.
 
 use crate::sync::lock;
+use planner::{Device, Platform};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
@@ -235,6 +236,27 @@ impl Registry {
             progress: Some(entry.pace.progress),
         };
         inner.workers.values().map(shown).collect()
+    }
+
+    /// What a rank of a group of `tp_degree` will have at least, as far as the workers are known that could take it.
+    pub(crate) fn device(&self, tp_degree: usize) -> Device {
+        let inner = lock(&self.inner);
+        let memory_of = |cuda: bool| -> Option<u64> {
+            let kind =
+                inner.workers.values().filter(|entry| (device_kind(&entry.info.device) == "cuda") == cuda);
+            let mut memory: Vec<u64> = kind.map(|entry| entry.info.memory_bytes).collect();
+            memory.sort_unstable_by(|one, other| other.cmp(one));
+            memory.get(tp_degree.saturating_sub(1)).copied().filter(|bytes| *bytes > 0)
+        };
+        match (memory_of(true), memory_of(false)) {
+            (Some(bytes), _) => Device {
+                name: "cuda".to_owned(),
+                platform: Platform::Cuda,
+                memory_bytes: Some(bytes),
+                rates: None,
+            },
+            (None, memory_bytes) => Device { memory_bytes, ..Device::cpu() },
+        }
     }
 
     /// How many workers are registered.

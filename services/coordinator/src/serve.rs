@@ -26,7 +26,7 @@ pub async fn serve(
     listener: Listener,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
-    let context = Context::open(&config).await?;
+    let context = Context::open(&config, listener.peers()).await?;
     let server = GrpcServer::new(DESCRIPTORS)?
         .with_service(
             RunServiceServer::new(Runs::new(context.clone()))
@@ -54,6 +54,7 @@ pub async fn serve(
             if tokio::time::timeout(context.drain, context.tasks.wait()).await.is_err() {
                 warn!("sessions that did not end in time were left to their workers");
             }
+            context.closing.cancel();
             stop_serving.cancel();
         }
     };

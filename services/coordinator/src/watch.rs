@@ -1,5 +1,6 @@
 //! Replaying a run's events to those who watch it.
 
+use crate::context::Context;
 use crate::messages;
 use crate::records::StoredEvent;
 use crate::run_book::{Recent, RunRecord};
@@ -21,7 +22,7 @@ const BUFFER: usize = 16;
 /// The client's pace is its own: the run never waits for it.
 pub(crate) fn stream(
     record: Arc<RunRecord>,
-    stores: Stores,
+    context: Arc<Context>,
     after_revision: u64,
 ) -> ReceiverStream<Result<pb::WatchRunResponse, Status>> {
     let (sender, receiver) = mpsc::channel(BUFFER);
@@ -33,7 +34,7 @@ pub(crate) fn stream(
             revisions.mark_unchanged();
             let (events, ends) = match record.recent(seen, PAGE) {
                 Recent::Events { events, ends } => (events, ends),
-                Recent::Older => match stored(&record, &stores, seen).await {
+                Recent::Older => match stored(&record, &context.stores, seen).await {
                     Ok(events) => (events, false),
                     Err(failure) => {
                         let _ = sender.send(Err(failure.into())).await;
@@ -57,6 +58,11 @@ pub(crate) fn stream(
                     // The sender lives in the record, so this cannot fail.
                     _ = revisions.changed() => {}
                     () = sender.closed() => return,
+                    () = context.closing.cancelled() => {
+                        let message = "the coordinator is shutting down; go on from the last revision";
+                        let _ = sender.send(Err(Failure::new(Reason::ShuttingDown, message).into())).await;
+                        return;
+                    }
                 }
             }
         }

@@ -122,7 +122,10 @@ impl WorkerConfig {
         let endpoint = match &self.advertise {
             Some(url) => url.clone(),
             None if bound.ip().is_unspecified() => return Err(WorkerError::NoAddress { address: bound }),
-            None => format!("http://{bound}"),
+            None => {
+                let scheme = if self.listen.tls.tls_cert.is_some() { "https" } else { "http" };
+                format!("{scheme}://{bound}")
+            }
         };
         let data_host = match &self.data_host {
             Some(host) => host.clone(),

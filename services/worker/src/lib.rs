@@ -69,6 +69,7 @@ pub async fn run(
     let roots = config.roots.open()?;
     let listener = config.listen.bind(SocketAddr::from(([127, 0, 0, 1], 0))).await?;
     let announced = config.announced(listener.address())?;
+    let peers = listener.peers();
     let rpc = WorkerRpc::new(
         engine,
         roots,
@@ -95,6 +96,7 @@ pub async fn run(
             Some(coordinator) => {
                 Registration {
                     coordinator,
+                    security: peers,
                     worker: announced,
                     register_timeout: config.register_timeout,
                     drain: config.drain,

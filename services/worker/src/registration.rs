@@ -7,7 +7,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
 use tracing::{debug, info, warn};
-use wire::client::{ConnectError, RegistryClient, lazy_channel, registry_client, within};
+use wire::client::{ClientSecurity, ConnectError, RegistryClient, registry_client, within};
 use wire::convert::time::duration_from_pb;
 use wire::pb;
 use wire::status::{Failure, Reason, describe};
@@ -40,6 +40,8 @@ pub enum RegistrationError {
 
 pub(crate) struct Registration<'a> {
     pub(crate) coordinator: &'a str,
+    /// What this worker shows the coordinator.
+    pub(crate) security: ClientSecurity,
     pub(crate) worker: pb::WorkerInfo,
     /// How long the first registration may take.
     pub(crate) register_timeout: Duration,
@@ -61,7 +63,7 @@ impl Registration<'_> {
     /// # Errors
     /// When the first registration does not succeed in time, or the coordinator refuses this worker.
     pub(crate) async fn keep(self, stop: &CancellationToken) -> Result<(), RegistrationError> {
-        let mut client = registry_client(lazy_channel(self.coordinator)?);
+        let mut client = registry_client(self.security.lazy(self.coordinator)?);
         let mut give_up = Some(Instant::now() + self.register_timeout);
         loop {
             let registered = tokio::select! {

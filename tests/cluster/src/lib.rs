@@ -29,9 +29,16 @@ pub struct Cluster {
     /// A root that models, data and outputs may lie below.
     pub root: TempDir,
     address: SocketAddr,
+    config: CoordinatorConfig,
+    coordinator: Option<Process>,
+    workers: Vec<Worker>,
+}
+
+/// A coordinator on a runtime of its own, so that it can die like a process.
+struct Process {
+    runtime: Runtime,
     shutdown: CancellationToken,
     serving: JoinHandle<Result<(), String>>,
-    workers: Vec<Worker>,
 }
 
 /// A worker on a runtime of its own, so that it can die like a process.
@@ -81,12 +88,44 @@ impl Cluster {
             ..CoordinatorConfig::new(roots, root.path().join("data"))
         };
         change(&mut config);
-        let shutdown = CancellationToken::new();
+        drop(listener);
+        let mut cluster = Self { root, address, config, coordinator: None, workers: Vec::new() };
+        cluster.start_coordinator().await;
+        cluster
+    }
+
+    /// Starts a coordinator over the same folders, at the same address, in place of the one before, which must have ended.
+    pub async fn start_coordinator(&mut self) {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .expect("a runtime");
+        let (shutdown, config, address) = (CancellationToken::new(), self.config.clone(), self.address);
         let stop = shutdown.clone();
-        let serving = tokio::spawn(async move {
+        let serving = runtime.spawn(async move {
+            let listen = ListenArgs { listen: Some(address), ..ListenArgs::default() };
+            let listener = loop {
+                match listen.bind(address).await {
+                    Ok(listener) => break listener,
+                    Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+                }
+            };
             coordinator::serve(config, listener, stop).await.map_err(|error| format!("{error:#}"))
         });
-        Self { root, address, shutdown, serving, workers: Vec::new() }
+        self.coordinator = Some(Process { runtime, shutdown, serving });
+        in_time("the coordinator to answer", async {
+            let request = || pb::ListWorkersRequest {};
+            while self.registry().list_workers(request()).await.is_err() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        })
+        .await;
+    }
+
+    /// Kills the coordinator without a word.
+    pub fn kill_coordinator(&mut self) {
+        self.coordinator.take().expect("a living coordinator").runtime.shutdown_background();
     }
 
     /// Starts workers `w0`, `w1`, … with one engine and waits until all are registered.
@@ -244,34 +283,122 @@ impl Cluster {
 
     /// Waits until a run shows what is wanted.
     pub async fn until(&self, id: &str, what: &str, wanted: impl Fn(&pb::Run) -> bool) -> pb::Run {
-        in_time(what, async {
-            loop {
-                let run = self.get(id).await;
-                if wanted(&run) {
-                    return run;
-                }
-                tokio::time::sleep(Duration::from_millis(10)).await;
+        let since = std::time::Instant::now();
+        loop {
+            let run = self.get(id).await;
+            if wanted(&run) {
+                return run;
             }
-        })
-        .await
+            let (state, message) = (run.state(), &run.status_message);
+            assert!(
+                since.elapsed() < PATIENCE,
+                "{what} took longer than {PATIENCE:?}; the run is {state:?}: {message}"
+            );
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
     }
 
     /// Tells the coordinator to stop, as SIGTERM does, and waits for its end.
     pub async fn shut_down(mut self) -> Result<(), String> {
-        self.shutdown.cancel();
-        let ended = tokio::time::timeout(PATIENCE, &mut self.serving).await;
+        self.stop_coordinator().await
+    }
+
+    /// The same, but a coordinator can be started again.
+    pub async fn stop_coordinator(&mut self) -> Result<(), String> {
+        let Process { runtime, shutdown, serving } = self.coordinator.take().expect("a living coordinator");
+        shutdown.cancel();
+        let ended = tokio::time::timeout(PATIENCE, serving).await;
+        runtime.shutdown_background();
         ended.map_err(|_| "the coordinator did not end".to_owned())?.map_err(|error| error.to_string())?
     }
 }
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        self.shutdown.cancel();
+        if let Some(coordinator) = self.coordinator.take() {
+            coordinator.shutdown.cancel();
+            coordinator.runtime.shutdown_background();
+        }
         for worker in &mut self.workers {
             worker.stop.cancel();
             if let Some(runtime) = worker.runtime.take() {
                 runtime.shutdown_background();
             }
         }
+    }
+}
+
+/// What a run came to, to hold two runs against each other.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Outcome {
+    /// Bits of the loss of each step, the last time that it was taken.
+    pub losses: Vec<u64>,
+    /// Step and mask of each decision.
+    pub decisions: Vec<(u64, pb::KeepMask)>,
+    /// Label and perplexity, as bits.
+    pub perplexities: Vec<(String, u64)>,
+}
+
+impl Cluster {
+    /// What a run has come to; its events must be gapless and in order.
+    pub async fn outcome(&self, id: &str) -> Outcome {
+        let events = self.watch(id, 0).await;
+        let revisions: Vec<u64> = events.iter().map(|event| event.revision).collect();
+        assert_eq!(revisions, (1..=events.len() as u64).collect::<Vec<_>>(), "no event is lost or doubled");
+        let mut losses = std::collections::BTreeMap::new();
+        let (mut decisions, mut perplexities) = (Vec::new(), Vec::new());
+        for event in events {
+            use pb::run_event::Kind;
+            match event.kind.expect("an event has a kind") {
+                Kind::Step(step) => {
+                    losses.insert(step.step, step.loss.to_bits());
+                }
+                Kind::Decision(decision) => {
+                    let generation = Some(decision.generation);
+                    let request = pb::GetKeepMaskRequest { id: id.to_owned(), generation };
+                    let mask = self.runs().get_keep_mask(request).await.expect("a mask").into_inner();
+                    decisions.push((decision.step, mask.keep_mask.expect("a mask")));
+                }
+                Kind::Evaluation(measured) => {
+                    perplexities.push((measured.label, measured.perplexity.to_bits()))
+                }
+                Kind::StateChange(_)
+                | Kind::Task(_)
+                | Kind::Export(_)
+                | Kind::Checkpoint(_)
+                | Kind::Restart(_)
+                | Kind::Guard(_) => {}
+            }
+        }
+        Outcome { losses: losses.into_values().collect(), decisions, perplexities }
+    }
+
+    /// A run of 40 steps with a decision after every fourth, a checkpoint after every third, and three restarts.
+    #[must_use]
+    pub fn durable_spec(&self, tp_degree: u32, out: &str) -> pb::RunSpec {
+        let mut spec = self.spec(tp_degree, out);
+        let recipe = spec.recipe.as_mut().expect("a recipe");
+        recipe.steps = Some(40);
+        let ramp = recipe.pruning.as_mut().and_then(|pruning| pruning.ramp.as_mut()).expect("a ramp");
+        ramp.every = Some(4);
+        spec.durability = Some(pb::DurabilitySpec {
+            checkpoint_every_steps: Some(3),
+            max_restarts: Some(3),
+            ..Default::default()
+        });
+        spec
+    }
+
+    /// What the same run comes to when nothing breaks.
+    pub async fn undisturbed(tp_degree: u32, change: impl FnOnce(&mut pb::RunSpec)) -> Outcome {
+        let mut cluster = Self::start().await;
+        let engine: Arc<dyn Engine> = Arc::new(toy());
+        cluster.add_workers(tp_degree as usize, &engine).await;
+        let mut spec = cluster.durable_spec(tp_degree, "undisturbed");
+        change(&mut spec);
+        let run = cluster.create(spec).await;
+        let run = cluster.ended(&run.id).await;
+        assert_eq!(run.state(), pb::RunState::Succeeded, "{}", run.status_message);
+        cluster.outcome(&run.id).await
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! A check that cannot read what it needs panics: that is a failed test.
 
+pub mod api;
 pub mod documents;
 pub mod packages;
 pub mod shell;

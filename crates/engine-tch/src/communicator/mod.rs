@@ -5,7 +5,8 @@ mod meeting;
 mod nccl;
 mod watched;
 
-use crate::fault::Result;
+use crate::fault::{Fault, Result};
+use engine::Progress;
 use tch::Tensor;
 
 pub(crate) use gloo::{Gloo, Store};
@@ -50,4 +51,12 @@ impl Communicator for Alone {
     fn all_reduce(&mut self, _values: &mut Tensor, _op: ReduceOp) -> Result<()> {
         Ok(())
     }
+}
+
+/// An error once the session is over: nobody wants what is waited for.
+fn still_wanted(progress: &Progress) -> Result<()> {
+    if progress.gives_up() {
+        return Err(Fault::Collective("given up, as the session is over".into()));
+    }
+    Ok(())
 }

@@ -4,14 +4,15 @@
 //! Functions are bound here by name and only their types come from `cudarc`, whose own loader does not know the name
 //! `libnccl.so.2` under which the library is installed.
 
-use super::{Communicator, ReduceOp};
+use super::{Communicator, ReduceOp, still_wanted};
 use crate::cuda::library::Library;
 use crate::cuda::stream::Stream;
 use crate::fault::{Fault, Result};
 use cudarc::nccl::sys::{ncclComm_t, ncclConfig_t, ncclDataType_t, ncclRedOp_t, ncclUniqueId};
+use engine::Progress;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::ptr::{null, null_mut};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 use tch::{Device, Kind, Tensor};
 
@@ -120,31 +121,37 @@ pub(crate) struct Nccl {
     tp_rank: usize,
     tp_degree: usize,
     timeout: Duration,
+    progress: Arc<Progress>,
 }
 
 impl Nccl {
-    /// Joins the group of `id` on `device`. Waits for all ranks, at most `timeout`, which holds for reductions too.
+    /// Joins the group of `id` on `device`. Waits for all ranks, at most `timeout`, which holds for reductions too. When
+    /// `progress` is told to give up, every wait ends.
     pub(crate) fn join(
         id: &UniqueId,
         device: Device,
         tp_rank: usize,
         tp_degree: usize,
         timeout: Duration,
+        progress: Arc<Progress>,
     ) -> Result<Self> {
         let stream = crate::cuda::stream::of(device)?;
-        Self::join_with(*Api::get()?, stream, id, device, tp_rank, tp_degree, timeout)
+        let unformed = Self {
+            api: *Api::get()?,
+            raw: null_mut(),
+            stream,
+            device,
+            tp_rank,
+            tp_degree,
+            timeout,
+            progress,
+        };
+        unformed.form(id)
     }
 
-    fn join_with(
-        api: Api,
-        stream: Box<dyn Stream>,
-        id: &UniqueId,
-        device: Device,
-        tp_rank: usize,
-        tp_degree: usize,
-        timeout: Duration,
-    ) -> Result<Self> {
-        let mut group = Self { api, raw: null_mut(), stream, device, tp_rank, tp_degree, timeout };
+    fn form(self, id: &UniqueId) -> Result<Self> {
+        let mut group = self;
+        let Self { api, tp_rank, tp_degree, timeout, .. } = group;
         let id = ncclUniqueId { internal: id.0.map(|byte| byte as c_char) };
         let mut config = non_blocking();
         // SAFETY: the pointers are live for the call; the configuration is one of version 2.28.
@@ -154,6 +161,7 @@ impl Nccl {
         api.check("forming the group", code)?;
         let deadline = Instant::now() + timeout;
         while group.in_progress("forming the group")? {
+            group.still_wanted()?;
             if Instant::now() >= deadline {
                 group.give_up();
                 return Err(Fault::Collective(format!(
@@ -191,6 +199,15 @@ impl Nccl {
         }
     }
 
+    /// Gives the group up once the session is over.
+    fn still_wanted(&mut self) -> Result<()> {
+        let wanted = still_wanted(&self.progress);
+        if wanted.is_err() {
+            self.give_up();
+        }
+        wanted
+    }
+
     /// Until the call is under way and the device has done it.
     fn finish(&mut self) -> Result<()> {
         let started = Instant::now();
@@ -208,6 +225,7 @@ impl Nccl {
             if recorded && self.stream.reached()? {
                 return Ok(());
             }
+            self.still_wanted()?;
             let waited = started.elapsed();
             if waited >= self.timeout {
                 return Err(late(self));
@@ -404,11 +422,35 @@ mod tests {
     }
 
     fn join(story: Story) -> Result<Nccl> {
+        join_watched(story, Duration::from_millis(150), Arc::default())
+    }
+
+    fn join_watched(story: Story, timeout: Duration, progress: Arc<Progress>) -> Result<Nccl> {
         let mut id = [0; UNIQUE_ID_BYTES];
         id[0] = story as u8;
         let stream = Box::new(FakeStream { hangs: story == Story::ReductionHangs });
-        let timeout = Duration::from_millis(150);
-        Nccl::join_with(FAKE, stream, &UniqueId(id), Device::Cpu, 0, 2, timeout)
+        let unformed = Nccl {
+            api: FAKE,
+            raw: null_mut(),
+            stream,
+            device: Device::Cpu,
+            tp_rank: 0,
+            tp_degree: 2,
+            timeout,
+            progress,
+        };
+        unformed.form(&UniqueId(id))
+    }
+
+    /// Tells a progress to give up after a moment.
+    fn ends_soon() -> Arc<Progress> {
+        let progress = Arc::<Progress>::default();
+        let ends = progress.clone();
+        std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(100));
+            ends.give_up();
+        });
+        progress
     }
 
     fn values() -> Tensor {
@@ -481,5 +523,16 @@ mod tests {
         assert!(fault.contains("given up"), "{fault}");
         drop(group);
         assert_eq!(aborts(), 1);
+
+        // A session that ends.
+        let (started, long) = (Instant::now(), Duration::from_secs(60));
+        let fault = text(join_watched(Story::NobodyComes, long, ends_soon()).err().unwrap());
+        assert!(fault.contains("the session is over"), "{fault}");
+        assert_eq!(aborts(), 1);
+        let mut group = join_watched(Story::ReductionHangs, long, ends_soon()).unwrap();
+        let fault = text(group.all_reduce(&mut values(), ReduceOp::Sum).unwrap_err());
+        assert!(fault.contains("the session is over"), "{fault}");
+        assert_eq!(aborts(), 1);
+        assert!(started.elapsed() < Duration::from_secs(5));
     }
 }

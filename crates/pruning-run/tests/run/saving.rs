@@ -2,7 +2,7 @@
 
 use crate::faults::lost;
 use crate::world::{World, durable, recipe, run_to_end, setup};
-use pruning_run::{Event, Generation, Retention, RunOptions, RunState, ShardFile};
+use pruning_run::{Event, Generation, Retention, RunOptions, RunState, ShardFile, StepReport};
 
 #[test]
 fn a_checkpoint_follows_every_decision_every_interval_and_the_last_step() {
@@ -103,6 +103,44 @@ fn a_checkpoint_is_not_dropped_while_a_group_reads_it() {
 }
 
 #[test]
+fn a_checkpoint_completed_while_the_next_group_reads_an_older_one_is_gone_on_from() {
+    let setup = setup(recipe(), 2, durable());
+    let whole = run_to_end(&setup, 100, &[]);
+    for last in [false, true] {
+        let mut world = World::new(&setup, 100);
+        world.until(|world| world.checkpoints().len() == if last { 5 } else { 2 });
+        let is_commit = |event: &Event| matches!(event, Event::CheckpointWritten { .. });
+        while !world.own.iter().any(is_commit) {
+            world.step(0);
+        }
+        let commit = world.own.pop_back().unwrap();
+        // All but the write itself is done.
+        world.until(|world| !last || world.evaluations().len() == 2);
+        world.deliver(lost("w0"));
+        let mut queued = world.clone();
+        while !world.own.iter().any(|event| matches!(event, Event::Restored { .. })) {
+            world.step(0);
+        }
+        world.deliver(commit.clone());
+        world.settle();
+        assert_eq!(world.run.state(), RunState::Succeeded);
+        // Or while it waits for its workers.
+        while !queued.own.iter().any(|event| matches!(event, Event::WorkersAssigned { .. })) {
+            queued.step(0);
+        }
+        queued.deliver(commit);
+        queued.settle();
+        assert_eq!(queued.run.state(), RunState::Succeeded, "{}", queued.last_message());
+        assert_eq!(queued.last_message(), whole.last_message());
+        assert_eq!(world.last_message(), whole.last_message());
+        assert_eq!(world.loads.len(), if last { 1 } else { 2 });
+        if !last {
+            assert_eq!(world.restarts()[0].next_step, 5);
+        }
+    }
+}
+
+#[test]
 fn a_decision_that_was_logged_is_applied_again_and_not_logged_again() {
     let setup = setup(recipe(), 2, RunOptions { checkpoint_every: 100, ..durable() });
     let mut world = World::new(&setup, 100);
@@ -125,6 +163,9 @@ fn a_skipped_step_is_reported_and_not_averaged() {
     assert_eq!(world.run.average().unwrap().updates, 2, "of three steps");
     world.settle();
     assert_eq!(world.run.state(), RunState::Succeeded, "{}", world.last_message());
-    assert_eq!(world.steps()[&1].skipped, "the loss is NaN");
+    let skipped = &world.steps()[&1];
+    assert_eq!(skipped.skipped, "the loss is NaN");
+    let stored = serde_json::to_string(skipped).unwrap();
+    assert!(serde_json::from_str::<StepReport>(&stored).unwrap().loss.is_nan(), "{stored}");
     assert!(world.steps()[&2].skipped.is_empty());
 }

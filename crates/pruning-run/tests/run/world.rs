@@ -491,7 +491,8 @@ impl World {
     fn train(&mut self, tp_rank: usize, step: u64, generation: Generation) {
         let chunk = self.chunk;
         if self.skipped.contains(&step) {
-            let report = RankReport { skipped: "the loss is NaN".into(), ..report(step, generation) };
+            let report =
+                RankReport { skipped: "the loss is NaN".into(), loss: f64::NAN, ..report(step, generation) };
             self.outboxes[tp_rank].push_back(Event::StepEnded { tp_rank, report });
             return;
         }

@@ -1,4 +1,5 @@
 use super::MeasureArgs;
+use super::security::SecurityArgs;
 use crate::run_file::ExportDtype;
 use clap::Args;
 use std::path::PathBuf;
@@ -15,6 +16,8 @@ pub(crate) struct RemoteArgs {
         help_heading = "Connection"
     )]
     pub coordinator: String,
+    #[command(flatten)]
+    pub security: SecurityArgs,
     /// Print JSON by the proto schema instead of tables
     #[arg(long, help_heading = "Connection")]
     pub json: bool,

@@ -4,7 +4,7 @@ use crate::args::{
     CancelArgs, CreateArgs, DrainArgs, EvaluateArgs, ExportArgs, ForkArgs, ListArgs, MaskArgs, RemoteArgs,
     RunIdArgs, WatchArgs, WorkersArgs,
 };
-use crate::failure::{Failure, from_status};
+use crate::failure::{Failure, OrBadInput, from_status};
 use crate::follow::follow;
 use crate::measured::Measured;
 use crate::out_folder::pretty;
@@ -16,9 +16,8 @@ use crate::{tables, telemetry, units};
 use service_kit::telemetry::Telemetry;
 use std::time::Duration;
 use tonic::Status;
-use tonic::transport::Channel;
 use tracing::{Instrument, info_span};
-use wire::client::{RunClient, connected_channel, registry_client, run_client, within};
+use wire::client::{Connection, RunClient, registry_client, run_client, within};
 use wire::{limits, pb};
 
 /// Measuring or writing a large model takes its time; the coordinator ends what hangs.
@@ -26,9 +25,12 @@ const LONG_CALL: Duration = Duration::from_secs(6 * 3600);
 /// Runs asked for at a time.
 const PAGE: u32 = 1000;
 
-pub(super) async fn connect(remote: &RemoteArgs) -> Result<(Channel, Telemetry), Failure> {
+pub(super) async fn connect(remote: &RemoteArgs) -> Result<(Connection, Telemetry), Failure> {
     let telemetry = telemetry::to_stderr()?;
-    Ok((connected_channel(&remote.coordinator).await?, telemetry))
+    // Not a flag: whoever lists the processes of a machine sees their arguments.
+    let token = std::env::var("ESPALIER_TOKEN").ok();
+    let security = remote.security.open(token.as_deref()).or_bad_input()?;
+    Ok((security.connect(&remote.coordinator).await?, telemetry))
 }
 
 /// Prints the answer as JSON, or as `table` puts it.

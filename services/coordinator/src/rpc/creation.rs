@@ -14,7 +14,7 @@ use recipe::FieldViolation;
 use run_store::Created;
 use sha2::{Digest, Sha256};
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 use wire::convert::run as run_message;
 use wire::status::{Failure, Reason};
 use wire::{RunSpec, Violations, limits, pb};
@@ -48,7 +48,14 @@ impl Runs {
         }
         let (spec, Admitted { setup, plan }) = self
             .check(move |context| {
-                let admitted = admit(&spec, &context.roots, context.blame_grace(), false, found)?;
+                let admitted = admit(
+                    &spec,
+                    &context.roots,
+                    context.blame_grace(),
+                    &context.registry.device(spec.tp_degree),
+                    false,
+                    found,
+                )?;
                 Ok((spec, admitted))
             })
             .await?;
@@ -91,7 +98,14 @@ impl Runs {
         let widths = decision.widths.clone();
         let (spec, Admitted { setup, plan }) = self
             .check(move |context| {
-                let admitted = admit(&spec, &context.roots, context.blame_grace(), stop_pruning, found)?;
+                let admitted = admit(
+                    &spec,
+                    &context.roots,
+                    context.blame_grace(),
+                    &context.registry.device(spec.tp_degree),
+                    stop_pruning,
+                    found,
+                )?;
                 Ok((spec, admitted))
             })
             .await?;
@@ -170,7 +184,10 @@ impl Runs {
             NotBooked::TooMany => Failure::from_error(Reason::TooManyRuns, &error),
         })?;
         let id = RunId(format!("run-{}", &uuid::Uuid::new_v4().simple().to_string()[..12]));
-        let create_time = SystemTime::now();
+        // As fine as the store keeps it, so that a restart changes nothing.
+        let since_epoch = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let millis = u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX);
+        let create_time = SystemTime::UNIX_EPOCH + Duration::from_millis(millis);
         let mut history = History::default();
         taken_over.iter().for_each(|event| history.take_in(event));
         let origin = run.fork.as_ref().map(|fork| fork.checkpoint.clone());

@@ -3,7 +3,7 @@ use crate::registry::RegistryFull;
 use std::sync::Arc;
 use tonic::{Request, Response, Status};
 use tracing::instrument;
-use wire::client::lazy_channel;
+use wire::client::ClientSecurity;
 use wire::convert::time::duration_to_pb;
 use wire::pb;
 use wire::pb::registry_service_server::RegistryService;
@@ -25,7 +25,7 @@ impl RegistryService for Registration {
     ) -> Result<Response<pb::RegisterResponse>, Status> {
         let info = request.into_inner().info.unwrap_or_default();
         let mut found = Violations::default();
-        check(&info, &mut found);
+        check(&info, &self.context.peers, &mut found);
         let info = found.finish(info)?;
         let lease_id = self
             .context
@@ -86,7 +86,7 @@ impl RegistryService for Registration {
     }
 }
 
-fn check(info: &pb::WorkerInfo, found: &mut Violations) {
+fn check(info: &pb::WorkerInfo, peers: &ClientSecurity, found: &mut Violations) {
     for (field, text) in
         [("info.id", &info.id), ("info.device", &info.device), ("info.incarnation", &info.incarnation)]
     {
@@ -106,7 +106,7 @@ fn check(info: &pb::WorkerInfo, found: &mut Violations) {
             found.reject(field, format!("must not exceed {} bytes", limits::MAX_TEXT_BYTES));
         }
     }
-    if let Err(error) = lazy_channel(&info.endpoint) {
+    if let Err(error) = peers.check(&info.endpoint) {
         found.reject("info.endpoint", error.to_string());
     }
 }

@@ -246,7 +246,7 @@ impl RunService for Runs {
     ) -> Result<Response<Self::WatchRunStream>, Status> {
         let pb::WatchRunRequest { id, after_revision } = request.into_inner();
         let record = self.find(&id)?;
-        Ok(Response::new(watch::stream(record, self.context.stores.clone(), after_revision)))
+        Ok(Response::new(watch::stream(record, self.context.clone(), after_revision)))
     }
 
     #[instrument(name = "pause_run", skip_all, err(level = "debug"))]

@@ -245,6 +245,7 @@ pub(super) fn watch(
                 // The sender lives in the record, so this cannot fail.
                 _ = revisions.changed() => {}
                 () = sender.closed() => return,
+                () = context.closing.cancelled() => return,
             }
         }
     });

@@ -271,7 +271,7 @@ async fn calls_about_runs_that_are_not_there_or_not_ready_are_refused() {
     let refusals = [
         runs.get_run(pb::GetRunRequest { id: id() }).await.unwrap_err(),
         runs.watch_run(pb::WatchRunRequest { id: id(), after_revision: 0 }).await.unwrap_err(),
-        runs.cancel_run(pb::CancelRunRequest { id: id() }).await.unwrap_err(),
+        runs.cancel_run(pb::CancelRunRequest { id: id(), discard: false }).await.unwrap_err(),
         runs.list_decisions(pb::ListDecisionsRequest { id: id() }).await.unwrap_err(),
         runs.get_keep_mask(pb::GetKeepMaskRequest { id: id(), generation: None }).await.unwrap_err(),
         runs.evaluate_run(pb::EvaluateRunRequest { id: id(), evaluation: evaluation.clone(), tasks: None })
@@ -284,7 +284,7 @@ async fn calls_about_runs_that_are_not_there_or_not_ready_are_refused() {
     }
     let empty = runs.get_run(pb::GetRunRequest::default()).await.unwrap_err();
     assert_eq!((empty.code(), violations(&empty)[0].field.as_str()), (Code::InvalidArgument, "id"));
-    let token = pb::ListRunsRequest { page_size: 0, page_token: "x".into() };
+    let token = pb::ListRunsRequest { page_token: "x".into(), ..Default::default() };
     let token = runs.list_runs(token).await.unwrap_err();
     assert_eq!((token.code(), violations(&token)[0].field.as_str()), (Code::InvalidArgument, "page_token"));
 
@@ -334,7 +334,8 @@ async fn a_worker_that_cannot_be_reached_back_is_not_admitted() {
         assert_eq!(refused.code(), Code::InvalidArgument);
         assert_eq!(violations(&refused)[0].field, field);
     }
-    let renewed = cluster.registry().renew(pb::RenewRequest { lease_id: "x".into(), steps_done: 0 }).await;
+    let renewed =
+        cluster.registry().renew(pb::RenewRequest { lease_id: "x".into(), ..Default::default() }).await;
     let renewed = renewed.unwrap_err();
     assert_eq!((renewed.code(), reason(&renewed)), (Code::NotFound, Some(Reason::LeaseNotFound)));
 

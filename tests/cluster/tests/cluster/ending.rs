@@ -12,7 +12,7 @@ fn slow() -> Arc<dyn Engine> {
 }
 
 async fn cancel(cluster: &Cluster, id: &str) -> pb::Run {
-    let request = pb::CancelRunRequest { id: id.to_owned() };
+    let request = pb::CancelRunRequest { id: id.to_owned(), discard: true };
     in_time("CancelRun", cluster.runs().cancel_run(request)).await.unwrap().into_inner().run.unwrap()
 }
 
@@ -54,7 +54,7 @@ async fn without_workers_a_run_stays_queued_and_says_why() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_coordinator_told_to_stop_cancels_its_runs_and_ends() {
+async fn a_coordinator_told_to_stop_checkpoints_its_runs_and_ends_their_streams() {
     let mut cluster = Cluster::start().await;
     cluster.add_workers(1, &slow()).await;
     let running = cluster.create(long(&cluster, 1, "a")).await;
@@ -67,15 +67,22 @@ async fn a_coordinator_told_to_stop_cancels_its_runs_and_ends() {
     }
     let started = Instant::now();
     let ending = tokio::spawn(cluster.shut_down());
+    let mut checkpoints = 0;
     for mut watch in watches {
-        let mut last = None;
-        while let Some(message) = in_time("the end of the stream", watch.message()).await.unwrap() {
-            last = message.event;
-        }
-        let Some(pb::run_event::Kind::StateChange(change)) = last.unwrap().kind else { panic!("a state") };
-        assert_eq!(change.state(), RunState::Cancelled);
-        assert_eq!(change.message, "the coordinator was shut down");
+        let status = loop {
+            match in_time("the end of the stream", watch.message()).await {
+                Ok(message) => {
+                    let event =
+                        message.expect("a stream of a run that goes on later does not end well").event;
+                    let kind = event.unwrap().kind;
+                    checkpoints += u32::from(matches!(kind, Some(pb::run_event::Kind::Checkpoint(_))));
+                }
+                Err(status) => break status,
+            }
+        };
+        assert_eq!(status.code(), tonic::Code::Unavailable, "{status:?}");
     }
+    assert!(checkpoints >= 1, "the run under way is saved");
     ending.await.unwrap().unwrap();
     assert!(started.elapsed() < PATIENCE / 2);
 }

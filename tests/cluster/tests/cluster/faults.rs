@@ -180,18 +180,3 @@ async fn a_silent_worker_fails_the_run_at_the_step_deadline() {
         assert!(run.status_message.contains(part), "{}", run.status_message);
     }
 }
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_worker_told_to_stop_fails_its_run_by_name() {
-    let mut cluster = Cluster::start().await;
-    let slow = Arc::new(toy().with_step_time(Duration::from_millis(20))) as Arc<dyn Engine>;
-    cluster.add_workers(2, &slow).await;
-    let mut spec = cluster.spec(2, "out");
-    spec.recipe.as_mut().unwrap().steps = Some(10_000);
-    let run = cluster.create(spec).await;
-    cluster.until(&run.id, "a step", |run| run.last_step.is_some()).await;
-    cluster.stop("w0");
-    let run = cluster.ended(&run.id).await;
-    assert_eq!(run.state(), RunState::Failed);
-    assert!(run.status_message.contains("worker `w0` (rank 0)"), "{}", run.status_message);
-}

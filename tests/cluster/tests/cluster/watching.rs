@@ -29,7 +29,10 @@ async fn a_watch_resumes_from_any_revision() {
                 | Kind::Decision(_)
                 | Kind::Evaluation(_)
                 | Kind::Task(_)
-                | Kind::Export(_),
+                | Kind::Export(_)
+                | Kind::Checkpoint(_)
+                | Kind::Restart(_)
+                | Kind::Guard(_),
             )
             | None => None,
         })

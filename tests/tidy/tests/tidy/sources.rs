@@ -5,7 +5,7 @@ use tidy_tests::{files, read, report};
 
 /// Lines beyond which a file has more than one subject. A longer one is named here, with its reason, or split.
 const MOST_LINES: usize = 800;
-const LONGER_FILES: [(&str, &str); 0] = [];
+const LONGER_FILES: [(&str, &str); 1] = [("docs/api.md", "written from the schema")];
 
 #[test]
 fn domain_packages_compute_and_nothing_else() {

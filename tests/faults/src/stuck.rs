@@ -1,0 +1,50 @@
+//! Holds one thread of a process while the others go on, as a hung kernel or driver call would.
+
+use std::time::Duration;
+
+/// The compute thread of a worker bears this name.
+const DEVICE_THREAD: &str = "device";
+
+/// Ids of a process's compute threads.
+fn device_threads(process: u32) -> Vec<i32> {
+    let tasks = std::fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().flatten();
+    tasks
+        .filter(|task| {
+            let name = std::fs::read_to_string(task.path().join("comm")).unwrap_or_default();
+            name.trim() == DEVICE_THREAD
+        })
+        .filter_map(|task| task.file_name().to_str()?.parse().ok())
+        .collect()
+}
+
+/// Holds the compute threads that the process has now, for `lasts`. False when it has none or holding is not allowed here.
+pub(crate) fn hold_device_threads(process: u32, lasts: Duration) -> bool {
+    let mut held = Vec::new();
+    for thread in device_threads(process) {
+        if hold(thread) {
+            held.push(thread);
+        }
+    }
+    if !held.is_empty() {
+        std::thread::sleep(lasts);
+    }
+    for thread in &held {
+        // SAFETY: `PTRACE_DETACH` takes no memory; a thread that has ended meanwhile is an error that changes nothing.
+        unsafe { libc::ptrace(libc::PTRACE_DETACH, *thread, 0, 0) };
+    }
+    !held.is_empty()
+}
+
+fn hold(thread: i32) -> bool {
+    // SAFETY: neither request takes memory, and `waitpid` writes to a local alone. The thread belongs to a child of ours.
+    unsafe {
+        if libc::ptrace(libc::PTRACE_SEIZE, thread, 0, 0) != 0 {
+            return false;
+        }
+        if libc::ptrace(libc::PTRACE_INTERRUPT, thread, 0, 0) != 0 {
+            return false;
+        }
+        let mut status = 0;
+        libc::waitpid(thread, &mut status, libc::__WALL) == thread && libc::WIFSTOPPED(status)
+    }
+}
