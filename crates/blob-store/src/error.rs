@@ -9,7 +9,7 @@ pub enum BlobError {
     Open {
         store: String,
         #[source]
-        cause: object_store::Error,
+        cause: Box<object_store::Error>,
     },
     #[error("`{name}` is no name of a file below {store}: {problem}")]
     BadName { store: String, name: String, problem: &'static str },
@@ -21,7 +21,7 @@ pub enum BlobError {
         name: String,
         doing: &'static str,
         #[source]
-        cause: object_store::Error,
+        cause: Box<object_store::Error>,
     },
     #[error("{store} did not {doing} `{name}` within {} s", .after.as_secs_f64())]
     Deadline { store: String, name: String, doing: &'static str, after: Duration },

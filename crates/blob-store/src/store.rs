@@ -72,7 +72,7 @@ impl BlobStore {
         limits: Limits,
         variables: impl IntoIterator<Item = (&'a str, &'a str)>,
     ) -> Result<Self, BlobError> {
-        let open = |cause| BlobError::Open { store: location.to_string(), cause };
+        let open = |cause| BlobError::Open { store: location.to_string(), cause: Box::new(cause) };
         let inner: Arc<dyn ObjectStore> = match location {
             Location::Folder(path) => {
                 std::fs::create_dir_all(path)
@@ -355,7 +355,7 @@ impl BlobStore {
         if let object_store::Error::NotFound { .. } = cause {
             BlobError::Missing { store, name }
         } else {
-            BlobError::Failed { store, name, doing, cause }
+            BlobError::Failed { store, name, doing, cause: Box::new(cause) }
         }
     }
 

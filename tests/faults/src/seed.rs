@@ -404,7 +404,7 @@ fn measure(events: &[pb::RunEvent], done: &[Done]) -> Vec<Measured> {
     };
     let measured = |fault: &Done| {
         let before = events.iter().take_while(|event| time(event) < fault.at);
-        let last_step = before.filter_map(|event| step(event)).max();
+        let last_step = before.filter_map(step).max();
         let after = || events.iter().filter(|event| time(event) >= fault.at);
         let noticed = after().find(|event| match &event.kind {
             Some(Kind::StateChange(change)) => change.state() == RunState::Recovering,

@@ -4,7 +4,7 @@ use blob_store::{BlobStore, Limits, Location};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::time::Duration;
 use tempfile::TempDir;
@@ -83,8 +83,8 @@ fn files_below(folder: &Path) -> Box<dyn Iterator<Item = PathBuf>> {
 
 /// moto, started once; it ends with the tests, when its standard input does.
 pub(crate) fn server() -> SocketAddr {
-    static SERVER: OnceLock<SocketAddr> = OnceLock::new();
-    *SERVER.get_or_init(|| {
+    static SERVER: OnceLock<(Child, SocketAddr)> = OnceLock::new();
+    let (_, address) = SERVER.get_or_init(|| {
         let python = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../.cache/s3-server/bin/python");
         assert!(python.is_file(), "the server of S3 is missing; run `make s3-server`");
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/s3_server.py");
@@ -98,10 +98,10 @@ pub(crate) fn server() -> SocketAddr {
         let mut line = String::new();
         BufReader::new(process.stdout.take().unwrap()).read_line(&mut line).unwrap();
         let port: u16 = line.trim().parse().unwrap_or_else(|_| panic!("the server of S3 said {line:?}"));
-        // Kept open until this process ends.
-        std::mem::forget(process.stdin.take());
-        SocketAddr::from(([127, 0, 0, 1], port))
-    })
+        // Its standard input is kept open until this process ends.
+        (process, SocketAddr::from(([127, 0, 0, 1], port)))
+    });
+    *address
 }
 
 /// One request to the server by hand: it does not ask who one is.

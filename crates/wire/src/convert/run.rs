@@ -39,6 +39,7 @@ pub fn from_pb(message: Option<pb::RunSpec>, path: &str, found: &mut Violations)
             ),
         );
     }
+    let training_data = data::sources_from_pb(message.training_data, &at("training_data"), found);
     let tp_degree = count_field(message.tp_degree, 1, limits::MAX_TP_DEGREE, &at("tp_degree"), found);
     let min_tp_degree =
         count_field(message.min_tp_degree, tp_degree, limits::MAX_TP_DEGREE, &at("min_tp_degree"), found);
@@ -61,7 +62,7 @@ pub fn from_pb(message: Option<pb::RunSpec>, path: &str, found: &mut Violations)
     }
     RunSpec {
         model: message.model,
-        training_data: data::sources_from_pb(message.training_data, &at("training_data"), found),
+        training_data,
         recipe,
         tp_degree,
         evaluation: message.evaluation.map(|spec| data::evaluation_from_pb(spec, &at("evaluation"), found)),

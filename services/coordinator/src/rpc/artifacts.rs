@@ -92,7 +92,7 @@ fn files_of(folder: &Path) -> Result<Vec<pb::Artifact>, String> {
         };
         artifacts.push(pb::Artifact { name, size_bytes, sha256: sha256.to_string() });
     }
-    for name in known.keys().filter(|name| !artifacts.iter().any(|artifact| artifact.name == **name)) {
+    if let Some(name) = known.keys().find(|name| !artifacts.iter().any(|artifact| artifact.name == **name)) {
         return Err(format!("`{name}` is missing in `{}`; export the run again", folder.display()));
     }
     artifacts.sort_by(|one, other| one.name.cmp(&other.name));

@@ -167,10 +167,11 @@ async fn the_quality_guard_holds_or_goes_back() {
         let result = ended.evaluations.last().unwrap().perplexity;
         match action {
             pb::GuardAction::Revert => {
-                assert_eq!(ended.generation, last.generation - 1);
+                // To the last checkpoint that had been written by then.
+                assert!(ended.generation < last.generation);
                 assert!(result <= most, "{result} {most}");
             }
-            _ => {
+            pb::GuardAction::Unspecified | pb::GuardAction::Hold => {
                 assert_eq!(ended.generation, last.generation);
                 assert!(result > most);
             }

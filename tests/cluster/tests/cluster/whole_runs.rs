@@ -2,12 +2,10 @@
 
 use cluster_tests::{Cluster, fixtures, in_time, toy};
 use engine::Engine;
-use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 use wire::pb;
 use wire::pb::RunState;
-use wire::pb::run_event::Kind;
 
 fn engine() -> Arc<dyn Engine> {
     Arc::new(toy())
