@@ -5,14 +5,14 @@ use clap::Parser;
 use engine::CollectiveBackend;
 use engine_tch::TchEngine;
 use service_kit::{shutdown, telemetry};
-use std::io::Write;
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 use worker::{CollectivesName, Parent, ServeArgs, WorkerConfig, WorkerError};
 
 /// Exit code that asks whoever started the worker to start it anew: EX_SOFTWARE of sysexits.h.
-const RESTART: i32 = 70;
+const RESTART: u8 = 70;
 /// Longest that tasks may take to end after the server has.
 const RUNTIME_GRACE: Duration = Duration::from_secs(1);
 
@@ -47,27 +47,23 @@ struct LogitsArgs {
     out: PathBuf,
 }
 
-fn main() {
+fn main() -> ExitCode {
     let Cli { serve, command } = Cli::parse();
     let done = match command {
         None => run_server(serve),
         Some(Command::Serve(serve)) => run_server(*serve),
         Some(Command::Logits(args)) => write_logits(&args),
     };
-    let code = match done {
-        Ok(()) => 0,
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("worker: {error:#}");
             match error.downcast_ref::<WorkerError>() {
-                Some(WorkerError::DeviceHung) => RESTART,
-                Some(_) | None => 1,
+                Some(WorkerError::DeviceHung) => ExitCode::from(RESTART),
+                Some(_) | None => ExitCode::FAILURE,
             }
         }
-    };
-    // Threads of libtorch and Gloo may still be at work, and crash under the destructors of a usual exit.
-    let _ = std::io::stdout().flush();
-    // SAFETY: ends the process without running any of its code.
-    unsafe { libc::_exit(code) }
+    }
 }
 
 fn run_server(args: ServeArgs) -> anyhow::Result<()> {
