@@ -8,6 +8,8 @@ pub enum StoreError {
     Fenced,
     #[error("run `{run_id}` has {actual} events; the next one must be {expected}, not {given}", expected = .actual + 1)]
     Revision { run_id: String, actual: u64, given: u64 },
+    #[error("the store has another run `{run_id}`")]
+    RunExists { run_id: String },
     #[error("run `{run_id}` is not in the store")]
     NoRun { run_id: String },
     #[error(
@@ -30,7 +32,11 @@ impl StoreError {
     pub fn may_pass(&self) -> bool {
         match self {
             Self::Deadline { .. } | Self::Unreachable { .. } => true,
-            Self::Fenced | Self::Revision { .. } | Self::NoRun { .. } | Self::NewerSchema { .. } => false,
+            Self::Fenced
+            | Self::Revision { .. }
+            | Self::RunExists { .. }
+            | Self::NoRun { .. }
+            | Self::NewerSchema { .. } => false,
         }
     }
 }

@@ -2,6 +2,7 @@ use crate::{StoreError, StoreUrl, schema};
 use sqlx::any::{AnyPoolOptions, AnyRow};
 use sqlx::{Any, AnyPool, Executor, Row, Transaction};
 use std::future::Future;
+use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// A store that is open. Clones share it.
@@ -110,7 +111,7 @@ impl RunStore {
         sqlx::any::install_default_drivers();
         let is_sqlite = url.is_sqlite();
         let address = match url {
-            StoreUrl::Sqlite(path) => format!("sqlite://{}?mode=rwc", path.display()),
+            StoreUrl::Sqlite(path) => format!("sqlite://{}?mode=rwc", in_url(path)),
             StoreUrl::Postgres(url) => url.to_string(),
         };
         let millis = options.deadline.as_millis();
@@ -122,7 +123,16 @@ impl RunStore {
                 "PRAGMA foreign_keys = ON".to_owned(),
             ]
         } else {
-            vec![format!("SET statement_timeout = {millis}"), format!("SET lock_timeout = {millis}")]
+            vec![
+                format!("SET statement_timeout = {millis}"),
+                format!("SET lock_timeout = {millis}"),
+                // A coordinator that hangs in the middle of a write does not keep the next one out.
+                format!("SET idle_in_transaction_session_timeout = {millis}"),
+                // Whatever the server is set to: what is acknowledged is on disk.
+                "SELECT set_config('synchronous_commit', 'on', false) \
+                 WHERE current_setting('synchronous_commit') = 'off'"
+                    .to_owned(),
+            ]
         };
         let opening = async {
             let pool = AnyPoolOptions::new()
@@ -228,10 +238,10 @@ impl RunStore {
         .await
     }
 
-    /// Creates a run with its first events, all or nothing.
+    /// Creates a run with its first events, all or nothing. Repeating a creation under the same id changes nothing.
     ///
     /// # Errors
-    /// When the store fails.
+    /// When the store fails or has another run under this id.
     pub async fn create_run(&self, new: &NewRun) -> Result<Created, StoreError> {
         let doing = "creating a run";
         in_time(self.deadline, async {
@@ -239,6 +249,22 @@ impl RunStore {
             if !self.is_sqlite {
                 // Numbers are given out one at a time.
                 run(&mut transaction, "SELECT pg_advisory_xact_lock(7370)", doing).await?;
+            }
+            let row = sqlx::query("SELECT number, request_digest, record FROM runs WHERE id = $1")
+                .bind(new.id.clone())
+                .fetch_optional(&mut *transaction)
+                .await
+                .map_err(failed(doing))?;
+            if let Some(row) = row {
+                let number: i64 = row.try_get(0).map_err(failed(doing))?;
+                let digest: Vec<u8> = row.try_get(1).map_err(failed(doing))?;
+                let record: Vec<u8> = row.try_get(2).map_err(failed(doing))?;
+                // The answer to the same creation was lost.
+                return if digest == new.request_digest && record == new.record {
+                    Ok(Created::New { number: unsigned(number) })
+                } else {
+                    Err(StoreError::RunExists { run_id: new.id.clone() })
+                };
             }
             if let Some(request_id) = &new.request_id {
                 let row = sqlx::query("SELECT id, request_digest FROM runs WHERE request_id = $1")
@@ -652,6 +678,11 @@ fn decision_row(row: &AnyRow) -> Result<StoredDecision, sqlx::Error> {
         payload: row.try_get(2)?,
         importance: None,
     })
+}
+
+/// A path as part of a URL, where some characters have a meaning.
+fn in_url(path: &Path) -> String {
+    path.display().to_string().replace('%', "%25").replace('?', "%3F").replace('#', "%23")
 }
 
 async fn in_time<T>(

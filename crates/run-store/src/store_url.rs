@@ -46,10 +46,19 @@ impl FromStr for StoreUrl {
         }
         let url = Url::parse(text).map_err(|error| invalid(&error.to_string()))?;
         match url.scheme() {
-            "postgres" | "postgresql" => Ok(Self::Postgres(url)),
+            "postgres" | "postgresql" if is_plain(&url) => Ok(Self::Postgres(url)),
+            // Such as what follows a `#` or `/` in a password: it would be shown as something else than a password.
+            "postgres" | "postgresql" => {
+                Err(invalid("percent-encode the characters that have a meaning in it, such as # and /"))
+            }
             other => Err(invalid(&format!("its scheme is `{other}`"))),
         }
     }
+}
+
+/// Whether all parts of a URL are what they seem.
+fn is_plain(url: &Url) -> bool {
+    !url.cannot_be_a_base() && url.fragment().is_none() && !url.path().contains(['@', ':'])
 }
 
 impl fmt::Display for StoreUrl {
@@ -91,9 +100,17 @@ mod tests {
             assert_eq!(url.to_string(), shown);
             assert_eq!(format!("{url:?}"), shown);
         }
-        for bad in
-            ["", "runs.db", "sqlite://runs.db", "sqlite:///a?mode=ro", "mysql://x/y", "postgres//me:secret@x"]
-        {
+        for bad in [
+            "",
+            "runs.db",
+            "sqlite://runs.db",
+            "sqlite:///a?mode=ro",
+            "mysql://x/y",
+            "postgres//me:secret@x",
+            "postgres:me:secret@x/runs",
+            "postgres://me:1#secret@x/runs",
+            "postgres://me:1/secret@x/runs",
+        ] {
             let error = bad.parse::<StoreUrl>().unwrap_err().to_string();
             assert!(!error.contains("secret"), "{error}");
         }

@@ -296,9 +296,10 @@ impl Stores {
     pub(crate) async fn sweep(&self, run_id: &RunId, kept: &[CheckpointRef]) -> Result<(), StoresError> {
         let listed = self.checkpoints(run_id).await?;
         let known: BTreeSet<&str> = listed.iter().chain(kept).map(|place| place.name.as_str()).collect();
-        let names = self.blobs.list(&run_id.0).await?;
-        let folders: BTreeSet<&str> = names.iter().filter_map(|name| name.split('/').nth(1)).collect();
-        for folder in folders.into_iter().filter(|folder| !known.contains(folder)) {
+        for folder in self.blobs.folders(&run_id.0).await? {
+            if known.contains(folder.as_str()) {
+                continue;
+            }
             self.blobs.delete_folder(&format!("{}/{folder}", run_id.0)).await?;
         }
         Ok(())

@@ -95,6 +95,26 @@ async fn what_postgres_acknowledged_survives_a_kill() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_coordinator_that_hangs_in_a_write_does_not_keep_the_next_one_out() {
+    let backend = Backend::postgres("hangs_in_a_write");
+    created(&backend).await;
+    let mut process = appender(&backend).spawn().unwrap();
+    let mut lines = BufReader::new(process.stdout.take().unwrap()).lines().map_while(Result::ok);
+    assert!(lines.any(|line| line.contains("acknowledged 40")));
+    // It is nearly always in the middle of a write.
+    assert!(Command::new("kill").args(["-STOP", &process.id().to_string()]).status().unwrap().success());
+    let opened = RunStore::open(&backend.url, StoreOptions { deadline: Duration::from_secs(60) }).await;
+    let store = opened.unwrap();
+    let next = store.events("r", 0, u32::MAX).await.unwrap().len() as u64 + 1;
+    store.append("r", next, &[next.to_le_bytes().repeat(50)], None, None).await.unwrap();
+    // Woken up, it finds that it has been replaced.
+    assert!(Command::new("kill").args(["-CONT", &process.id().to_string()]).status().unwrap().success());
+    assert!(lines.any(|line| line.contains("refused")));
+    process.wait().unwrap();
+    check_events(&backend, next).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_full_disk_is_an_error_and_loses_nothing() {
     let backend = Backend::sqlite();
     created(&backend).await;

@@ -2,4 +2,5 @@
 
 mod backends;
 mod crash;
+mod model;
 mod promises;

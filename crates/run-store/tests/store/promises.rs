@@ -23,6 +23,7 @@ macro_rules! promises {
 promises!(
     what_was_stored_is_there_after_another_opening,
     a_request_makes_one_run_however_often_it_is_repeated,
+    a_creation_may_be_repeated_but_its_id_is_never_given_to_another,
     events_have_no_gap_and_an_append_may_be_repeated,
     a_decision_and_a_checkpoint_come_with_their_events_or_not_at_all,
     a_deleted_run_leaves_nothing,
@@ -79,6 +80,21 @@ async fn a_request_makes_one_run_however_often_it_is_repeated(backend: Backend) 
     let refused = store.create_run(&other).await.unwrap();
     assert_eq!(refused, Created::Repeated { id: "r1".into(), same_request: false });
     assert_eq!(store.runs().await.unwrap().len(), 1);
+}
+
+async fn a_creation_may_be_repeated_but_its_id_is_never_given_to_another(backend: Backend) {
+    let store = backend.open().await;
+    for request in [None, Some("q")] {
+        let new = new_run(request.unwrap_or("r1"), request);
+        let first = store.create_run(&new).await.unwrap();
+        // The answer was lost, and the caller asks again.
+        assert_eq!(store.create_run(&new).await.unwrap(), first);
+        let other = NewRun { record: b"other".to_vec(), ..new };
+        let error = store.create_run(&other).await.unwrap_err();
+        assert!(matches!(error, StoreError::RunExists { .. }) && !error.may_pass(), "{error}");
+    }
+    assert_eq!(store.runs().await.unwrap().len(), 2);
+    assert_eq!(texts(&store, "r1", 0).await.len(), 1);
 }
 
 async fn events_have_no_gap_and_an_append_may_be_repeated(backend: Backend) {
@@ -221,4 +237,13 @@ async fn a_store_of_a_newer_program_is_refused() {
     pool.close().await;
     let error = RunStore::open(&backend.url, StoreOptions::default()).await.unwrap_err();
     assert!(matches!(error, StoreError::NewerSchema { actual: 99, .. }), "{error}");
+}
+
+#[tokio::test]
+async fn a_path_with_characters_of_urls_is_kept_as_it_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a b%20c?d#e.db");
+    let store = RunStore::open(&run_store::StoreUrl::file(&path), StoreOptions::default()).await.unwrap();
+    store.create_run(&new_run("r1", None)).await.unwrap();
+    assert!(path.is_file());
 }
