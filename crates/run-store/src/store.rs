@@ -1,6 +1,6 @@
 use crate::{StoreError, StoreUrl, schema};
 use sqlx::any::{AnyPoolOptions, AnyRow};
-use sqlx::{Any, AnyPool, Executor, Row, Transaction};
+use sqlx::{Any, AnyPool, Connection, Executor, Row, Transaction};
 use std::future::Future;
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -146,6 +146,11 @@ impl RunStore {
                         }
                         Ok(())
                     })
+                })
+                // One whose transaction the database has ended by itself, as on a full disk, counts as open for ever.
+                .before_acquire(|connection, _| {
+                    let is_usable = !connection.is_in_transaction();
+                    Box::pin(async move { Ok(is_usable) })
                 })
                 .connect(&address)
                 .await

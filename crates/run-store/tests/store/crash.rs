@@ -4,26 +4,38 @@ use crate::backends::Backend;
 use run_store::{NewRun, RunStore, StoreOptions, StoreUrl};
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 /// Set in the process that is to die: the store's URL.
 const STORE: &str = "ESPALIER_TEST_STORE";
-const LIMIT: &str = "ESPALIER_TEST_FILE_LIMIT";
+/// Set in the process that is to go on after a failure.
+const PATIENT: &str = "ESPALIER_TEST_PATIENT";
 
-/// Appends for ever and prints each revision once it is acknowledged. A test of its own does nothing.
+/// How long it goes on at most.
+const LONGEST: Duration = Duration::from_secs(60);
+
+/// Appends without end and prints each revision once it is acknowledged. A test of its own does nothing.
 #[tokio::test]
 async fn appends_until_killed() {
     let Ok(url) = std::env::var(STORE) else { return };
     let url: StoreUrl = url.parse().unwrap();
     let store = RunStore::open(&url, StoreOptions::default()).await.unwrap();
     let known = store.events("r", 0, u32::MAX).await.unwrap().len() as u64;
-    for revision in known + 1.. {
+    let mut revision = known + 1;
+    let started = Instant::now();
+    while started.elapsed() < LONGEST {
         let payload = vec![revision.to_le_bytes().repeat(50)];
         match store.append("r", revision, &payload, None, None).await {
-            Ok(()) => println!("acknowledged {revision}"),
+            Ok(()) => {
+                println!("acknowledged {revision}");
+                revision += 1;
+            }
             Err(error) => {
                 println!("refused {revision}: {error}");
-                return;
+                if std::env::var(PATIENT).is_err() {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(10)).await;
             }
         }
     }
@@ -122,7 +134,7 @@ async fn a_full_disk_is_an_error_and_loses_nothing() {
     let shell = appender(&backend);
     let mut limited = Command::new("bash");
     limited.args(["-c", "trap '' XFSZ; ulimit -f 256; exec \"$0\" \"$@\""]).arg(shell.get_program());
-    limited.args(shell.get_args()).env(STORE, backend.url.to_string()).env(LIMIT, "1");
+    limited.args(shell.get_args()).env(STORE, backend.url.to_string());
     let output = limited.output().unwrap();
     let said = String::from_utf8_lossy(&output.stdout);
     assert!(said.contains("refused"), "{said}");
@@ -135,4 +147,44 @@ async fn a_full_disk_is_an_error_and_loses_nothing() {
         RunStore::open(&backend.url, StoreOptions { deadline: Duration::from_secs(5) }).await.unwrap();
     let next = store.events("r", 0, u32::MAX).await.unwrap().len() as u64 + 1;
     store.append("r", next, &[vec![0]], None, None).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_is_full_for_a_while_leaves_no_connection_unusable() {
+    let backend = Backend::sqlite();
+    created(&backend).await;
+    let patient = appender(&backend);
+    let mut ignoring = Command::new("bash");
+    ignoring
+        .args(["-c", "trap '' XFSZ; exec \"$0\" \"$@\""])
+        .arg(patient.get_program())
+        .args(patient.get_args());
+    ignoring.env(STORE, backend.url.to_string()).env(PATIENT, "1").stdout(Stdio::piped());
+    let mut process = ignoring.spawn().unwrap();
+    let id = process.id().to_string();
+    let limit = |bytes: &str| {
+        let arguments = ["--pid", &id, &format!("--fsize={bytes}:")];
+        assert!(Command::new("prlimit").args(arguments).status().unwrap().success());
+    };
+    let mut lines = BufReader::new(process.stdout.take().unwrap()).lines().map_while(Result::ok);
+    let mut acknowledged = 0;
+    let mut until = |what: &str, times: usize| {
+        for _ in 0..times {
+            let line = lines.find(|line| line.contains(what)).unwrap();
+            if let Some((_, revision)) = line.split_once("acknowledged ") {
+                acknowledged = revision.parse().unwrap();
+            }
+        }
+    };
+    for _ in 0..5 {
+        until("acknowledged", 20);
+        limit("0");
+        // More often than there are connections.
+        until("refused", 10);
+        limit("unlimited");
+    }
+    until("acknowledged", 20);
+    process.kill().unwrap();
+    process.wait().unwrap();
+    check_events(&backend, acknowledged).await;
 }
