@@ -57,10 +57,12 @@ pub(crate) enum Fault {
     SlowLink { worker: usize, latency: Duration, lasts: Duration },
     /// No file of the coordinator can grow.
     FullDisk { lasts: Duration },
+    /// No file of a worker can grow.
+    FullWorkerDisk { worker: usize, lasts: Duration },
 }
 
 /// Names of the kinds, in the order in which seeds take turns.
-pub(crate) const KINDS: [&str; 10] = [
+pub(crate) const KINDS: [&str; 11] = [
     "worker killed",
     "coordinator killed",
     "worker frozen",
@@ -70,7 +72,8 @@ pub(crate) const KINDS: [&str; 10] = [
     "link reset",
     "link silent",
     "link slow",
-    "disk full",
+    "coordinator's disk full",
+    "worker's disk full",
 ];
 
 impl Fault {
@@ -87,6 +90,7 @@ impl Fault {
             Self::SilenceLink { .. } => 7,
             Self::SlowLink { .. } => 8,
             Self::FullDisk { .. } => 9,
+            Self::FullWorkerDisk { .. } => 10,
         }
     }
 
@@ -106,6 +110,7 @@ impl Fault {
             7 => Self::SilenceLink { worker, lasts: random.millis(500..7500) },
             8 => Self::SlowLink { worker, latency: random.millis(5..80), lasts },
             9 => Self::FullDisk { lasts: random.millis(300..4000) },
+            10 => Self::FullWorkerDisk { worker, lasts: random.millis(300..4000) },
             // Callers draw below the number of kinds.
             other => unreachable!("there is no kind {other}"),
         }
@@ -113,7 +118,7 @@ impl Fault {
 }
 
 impl Script {
-    /// The faults of a seed. Ten seeds in a row begin with the ten kinds.
+    /// The faults of a seed. As many seeds in a row as there are kinds begin with one each.
     #[must_use]
     pub fn of(seed: u64) -> Self {
         let mut random = Random::new(seed);

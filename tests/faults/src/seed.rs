@@ -372,10 +372,11 @@ async fn do_fault(cluster: Arc<Cluster>, fault: Fault) -> Option<Done> {
             cluster.set_links(worker, Link::Open);
         }
         Fault::FullDisk { lasts } => {
-            let process = cluster.coordinator_process()?;
-            limit_files(process, 0);
-            tokio::time::sleep(lasts).await;
-            limit_files(process, libc::RLIM_INFINITY);
+            fill_disk(cluster.coordinator_process()?, lasts).await;
+            possible = SystemTime::now();
+        }
+        Fault::FullWorkerDisk { worker, lasts } => {
+            fill_disk(cluster.worker_process(worker)?, lasts).await;
             possible = SystemTime::now();
         }
     }
@@ -386,6 +387,12 @@ fn signal(process: u32, signal: i32) {
     let process = i32::try_from(process).unwrap_or_default();
     // SAFETY: `kill` only sends a signal, to a child of ours.
     unsafe { libc::kill(process, signal) };
+}
+
+async fn fill_disk(process: u32, lasts: Duration) {
+    limit_files(process, 0);
+    tokio::time::sleep(lasts).await;
+    limit_files(process, libc::RLIM_INFINITY);
 }
 
 /// Bounds the files that a process of ours may write. Writes beyond fail, as SIGXFSZ is ignored.

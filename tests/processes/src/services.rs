@@ -3,6 +3,7 @@
 use crate::{Finished, Running, Tool};
 use std::net::TcpListener;
 use std::path::Path;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 const STOP_DEADLINE: Duration = Duration::from_secs(30);
@@ -65,12 +66,22 @@ impl WorkerProcess {
     }
 }
 
-/// A port that was free a moment ago.
+/// Ports that Linux gives to nobody who does not ask for one by number, so that no connection takes it meanwhile.
+const PORTS: std::ops::Range<u16> = 10_000..32_000;
+
+/// A port that was free a moment ago, and that this process is not given again.
 ///
 /// # Panics
 /// When there is none.
 #[must_use]
 pub fn free_port() -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
-    listener.local_addr().expect("a bound socket has an address").port()
+    static GIVEN: AtomicU32 = AtomicU32::new(0);
+    let count = u32::from(PORTS.end - PORTS.start);
+    // Processes that run side by side begin at different places.
+    let start = std::process::id().wrapping_mul(997);
+    let mut candidates = (0..count).map(|_| {
+        let place = start.wrapping_add(GIVEN.fetch_add(1, Ordering::Relaxed)) % count;
+        PORTS.start + u16::try_from(place).unwrap_or_default()
+    });
+    candidates.find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok()).expect("a free port")
 }
