@@ -107,16 +107,23 @@ impl ExportManifest {
         if fs::metadata(&path).map_err(read_error)?.len() > MAX_MANIFEST_BYTES {
             return Err(read_error(io::Error::other("the file is too large for a manifest")));
         }
-        let text = fs::read(&path).map_err(read_error)?;
-        let manifest: Self = serde_json::from_slice(&text).map_err(|cause| ManifestError::Broken {
-            path: path.clone(),
+        Self::from_json(&path, &fs::read(&path).map_err(read_error)?)
+    }
+
+    /// Reads the text of a manifest that is at `path`.
+    ///
+    /// # Errors
+    /// When it is damaged or of another version.
+    pub fn from_json(path: &Path, text: &[u8]) -> Result<Self, ManifestError> {
+        let manifest: Self = serde_json::from_slice(text).map_err(|cause| ManifestError::Broken {
+            path: path.to_owned(),
             line: cause.line(),
             column: cause.column(),
             cause,
         })?;
         match manifest.format_version {
             MANIFEST_FORMAT_VERSION => Ok(manifest),
-            actual => Err(ManifestError::UnknownVersion { path, actual }),
+            actual => Err(ManifestError::UnknownVersion { path: path.to_owned(), actual }),
         }
     }
 }

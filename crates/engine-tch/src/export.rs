@@ -42,6 +42,7 @@ pub(crate) fn export(job: &ExportJob, logits_program: &Path) -> Result<ExportWri
         },
     };
     let file = |error: &dyn std::error::Error| Fault::File(chain(error));
+    let unwritten = |error: &dyn std::error::Error| Fault::Unwritten(chain(error));
     let config = checkpoint::export_config(&source.folder()?.0.config().raw, &written_spec, dtype)
         .map_err(|e| file(&e))?;
     let headers = checkpoint::required_tensors(&written_spec)
@@ -67,18 +68,18 @@ pub(crate) fn export(job: &ExportJob, logits_program: &Path) -> Result<ExportWri
         }
         let (_, _, bytes) = to_bytes(&rounded)?;
         weight_bytes += bytes.len() as u64;
-        writer.add_tensor(&name, &bytes).map_err(|e| file(&e))?;
+        writer.add_tensor(&name, &bytes).map_err(|e| unwritten(&e))?;
         source.release_pages();
     }
-    writer.write_json("config.json", &config).map_err(|e| file(&e))?;
+    writer.write_json("config.json", &config).map_err(|e| unwritten(&e))?;
     for companion in source.folder()?.0.companion_files() {
-        writer.copy_file(&companion).map_err(|e| file(&e))?;
+        writer.copy_file(&companion).map_err(|e| unwritten(&e))?;
     }
     let check = check_folder(writer.staging_path(), &ranks, dtype, logits_program)?;
     let manifest = manifest(job, &source, &written_spec, &writer, &check)?;
     let text = manifest.to_json();
-    writer.write_file(MANIFEST_FILE, text.as_bytes()).map_err(|e| file(&e))?;
-    writer.commit().map_err(|e| file(&e))?;
+    writer.write_file(MANIFEST_FILE, text.as_bytes()).map_err(|e| unwritten(&e))?;
+    writer.commit().map_err(|e| unwritten(&e))?;
     Ok(ExportWritten {
         parameters: written_spec.parameter_count(),
         weight_bytes,

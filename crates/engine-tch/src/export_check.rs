@@ -71,11 +71,11 @@ pub(crate) fn check_folder(
     let parts = ranks.iter().map(|rank| rank.tensor(PROBE_LOGITS)).collect::<Result<Vec<_>>>()?;
     let expected = Tensor::f_cat(&parts, 1)?.f_to_kind(Kind::Double)?;
     let work = tempfile::tempdir()
-        .map_err(|error| Fault::File(format!("failed to make a temporary folder: {error}")))?;
+        .map_err(|error| Fault::Unwritten(format!("failed to make a temporary folder: {error}")))?;
     let (tokens, out) = (work.path().join("prompts.json"), work.path().join("logits.safetensors"));
     let text = serde_json::to_vec(prompts).map_err(|error| Fault::File(error.to_string()))?;
     std::fs::write(&tokens, text)
-        .map_err(|error| Fault::File(format!("failed to write prompts: {error}")))?;
+        .map_err(|error| Fault::Unwritten(format!("failed to write prompts: {error}")))?;
     run_logits(program, folder, &tokens, &out)?;
     let reloaded = checkpoint::read_tensors(&out, None).map_err(|error| Fault::File(chain(&error)))?;
     let mut actual = Vec::with_capacity(prompts.len());
@@ -126,7 +126,7 @@ fn compare(expected: &Tensor, actual: &Tensor, prompts: usize) -> Result<LogitCh
 
 fn run_logits(program: &Path, folder: &Path, tokens: &Path, out: &Path) -> Result<()> {
     let failed = |text: String| {
-        Fault::File(format!("failed to check the export with `{}`: {text}", program.display()))
+        Fault::Unwritten(format!("failed to check the export with `{}`: {text}", program.display()))
     };
     let mut child = Command::new(program)
         .arg("logits")

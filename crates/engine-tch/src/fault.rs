@@ -7,6 +7,7 @@ pub(crate) enum Fault {
     Tensor(TchError),
     Collective(String),
     File(String),
+    Unwritten(String),
     Refused(String),
     NotFinite { what: String, step: u64, value: f64 },
 }
@@ -25,6 +26,7 @@ impl From<Fault> for EngineError {
             Fault::Tensor(error) => Self::Device(error.to_string()),
             Fault::Collective(text) => Self::Collective(text),
             Fault::File(text) => Self::File(text),
+            Fault::Unwritten(text) => Self::Unwritten(text),
             Fault::Refused(text) => Self::Refused(text),
             Fault::NotFinite { what, step, value } => Self::NotFinite { what, step, value },
         }

@@ -174,6 +174,9 @@ pub enum EngineError {
     /// A model, checkpoint or output file is at fault.
     #[error("{0}")]
     File(String),
+    /// Something was not written or checked, as for a full disk: the same may succeed later.
+    #[error("{0}")]
+    Unwritten(String),
     /// A number is not finite.
     #[error("{what} at step {step} is {value}")]
     NotFinite { what: String, step: u64, value: f64 },

@@ -1,10 +1,14 @@
 //! Saving a run while it goes on: the ranks copy their state aside, the copies are written while they train, and the
 //! manifest comes last.
 
+use crate::leaving::pause_after;
 use crate::run::{Gather, Phase, Taken, Writing};
 use crate::transition::Transition;
-use crate::{Checkpoint, CheckpointRef, Effect, Generation, RunEventKind, SavedState, ShardFile};
+use crate::{
+    Checkpoint, CheckpointRef, Effect, Generation, GuardAction, RunEventKind, SavedState, ShardFile,
+};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 /// Before the first step there is nothing to save.
 const START: Taken = Taken { steps_done: 0, generation: Generation(0) };
@@ -37,6 +41,23 @@ impl Transition<'_> {
         done || ((decided || old) && self.run.writing.is_none())
     }
 
+    /// Whether a guard could not go back to this generation if it gave up the next: its checkpoint is still on its way.
+    pub(crate) fn opens_unsafely(&self) -> bool {
+        let generation = self.run.generation;
+        let reverts = self.run.setup.options().guard.is_some_and(|guard| guard.action == GuardAction::Revert);
+        let is_written =
+            || self.run.history.checkpoints.iter().any(|kept| kept.place.generation == generation);
+        let is_on_its_way =
+            self.run.writing.as_ref().is_some_and(|writing| writing.state.generation == generation);
+        reverts && is_on_its_way && !is_written()
+    }
+
+    /// When the run goes on with a checkpoint that it waits to try again.
+    pub(crate) fn next_try(&self) -> Option<SystemTime> {
+        let waits = matches!(self.run.phase, Phase::AwaitingCheckpoint) && self.run.writing.is_none();
+        self.run.checkpoint_again.filter(|_| waits)
+    }
+
     fn writes_logits(&self) -> bool {
         self.run.writing.as_ref().is_some_and(|writing| writing.state.with_logits)
     }
@@ -45,6 +66,13 @@ impl Transition<'_> {
     pub(crate) fn snapshot(&mut self, done: bool) {
         if self.run.writing.is_some() {
             self.run.phase = Phase::AwaitingCheckpoint;
+            return;
+        }
+        // Within training the steps are pause enough.
+        let waits = done || self.run.wish.is_some();
+        if let Some(again) = self.run.checkpoint_again.filter(|again| waits && *again > self.now) {
+            self.run.phase = Phase::AwaitingCheckpoint;
+            self.effects.push(Effect::WakeAt(again));
             return;
         }
         let with_logits = done;
@@ -122,6 +150,7 @@ impl Transition<'_> {
         let with_logits = writing.state.with_logits;
         self.run.faults_in_a_row = 0;
         self.run.failed_checkpoints_in_a_row = 0;
+        self.run.checkpoint_again = None;
         if with_logits {
             self.run.shards = Some((place.clone(), writing.state.shards));
         }
@@ -152,6 +181,7 @@ impl Transition<'_> {
         if self.run.failed_checkpoints_in_a_row > self.run.setup.options().max_restarts {
             return self.fail(message);
         }
+        self.run.checkpoint_again = Some(self.now + pause_after(self.run.failed_checkpoints_in_a_row));
         let state = self.run.state();
         self.enter(state, format!("{message}; another will be tried"));
         if self.run.taken == Some(Taken { steps_done, generation: writing.state.generation }) {

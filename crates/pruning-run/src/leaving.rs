@@ -5,9 +5,16 @@ use crate::transition::Transition;
 use crate::{Effect, Fault, RunState, WorkerId};
 use std::time::Duration;
 
-/// Pause before the second try after faults in a row; it doubles with each.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
+/// How long to wait after so many failures in a row. The first may well be the only one.
+pub(crate) fn pause_after(failures: u32) -> Duration {
+    match failures {
+        0 | 1 => Duration::ZERO,
+        failures => LONGEST_PAUSE.min(FIRST_PAUSE * 2_u32.saturating_pow(failures - 2)),
+    }
+}
 
 impl Transition<'_> {
     // --- wishes ---
@@ -269,10 +276,7 @@ impl Transition<'_> {
     }
 
     fn try_again(&mut self) {
-        let pause = match self.run.faults_in_a_row {
-            0 | 1 => Duration::ZERO,
-            faults => LONGEST_PAUSE.min(FIRST_PAUSE * 2_u32.saturating_pow(faults - 2)),
-        };
+        let pause = pause_after(self.run.faults_in_a_row);
         if pause.is_zero() {
             let message = self.run.history.message.clone();
             self.run.phase = Phase::Queued { message };
@@ -375,9 +379,18 @@ impl Transition<'_> {
         }
         if let Some(due) = self.run.suspects.iter().find(|suspect| suspect.until <= self.now) {
             let message = due.message.clone();
-            self.fault(message);
-        } else if let Some(next) = self.run.suspects.iter().map(|suspect| suspect.until).min() {
+            return self.fault(message);
+        }
+        let suspected = self.run.suspects.iter().map(|suspect| suspect.until).min();
+        let (due, later) = match self.next_try() {
+            Some(again) if again <= self.now => (true, None),
+            later => (false, later),
+        };
+        if let Some(next) = suspected.into_iter().chain(later).min() {
             self.effects.push(Effect::WakeAt(next));
+        }
+        if due {
+            self.go_on();
         }
     }
 

@@ -42,6 +42,8 @@ pub struct Run {
     /// Since the last complete checkpoint.
     pub(crate) faults_in_a_row: u32,
     pub(crate) failed_checkpoints_in_a_row: u32,
+    /// After a checkpoint that was not written: when another may be begun.
+    pub(crate) checkpoint_again: Option<SystemTime>,
     /// Of the last step, to know how many of them make a second.
     pub(crate) step_duration: Option<Duration>,
     /// Ranks that blame a peer, in the order in which they did.
@@ -287,6 +289,7 @@ impl Run {
             resuming: None,
             faults_in_a_row: 0,
             failed_checkpoints_in_a_row: 0,
+            checkpoint_again: None,
             step_duration: None,
             suspects: Vec::new(),
             origin,

@@ -266,6 +266,10 @@ impl Transition<'_> {
         if self.checkpoint_is_due(done) {
             return self.snapshot(done);
         }
+        if !done && self.opens_unsafely() {
+            self.run.phase = Phase::AwaitingCheckpoint;
+            return;
+        }
         if !done {
             return self.train();
         }

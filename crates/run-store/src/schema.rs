@@ -10,7 +10,8 @@ const VERSIONS: &[&[&str]] = &[&[
         request_id TEXT UNIQUE,
         request_digest BYTES NOT NULL,
         create_millis BIGINT NOT NULL,
-        record BYTES NOT NULL
+        record BYTES NOT NULL,
+        late_export BYTES
     )",
     "CREATE TABLE events (
         run_id TEXT NOT NULL REFERENCES runs (id) ON DELETE CASCADE,

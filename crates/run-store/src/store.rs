@@ -5,6 +5,9 @@ use std::future::Future;
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+/// Calls that the audit goes back.
+const KEPT_AUDITS: i64 = 100_000;
+
 /// A store that is open. Clones share it.
 #[derive(Debug, Clone)]
 pub struct RunStore {
@@ -63,6 +66,8 @@ pub struct StoredRunRow {
     pub request_digest: Vec<u8>,
     pub create_time: SystemTime,
     pub record: Vec<u8>,
+    /// What was exported after the run's end.
+    pub late_export: Option<Vec<u8>>,
 }
 
 /// An event.
@@ -319,7 +324,8 @@ impl RunStore {
         let doing = "reading the runs";
         in_time(self.deadline, async {
             let rows = sqlx::query(
-                "SELECT number, id, request_id, request_digest, create_millis, record FROM runs ORDER BY number",
+                "SELECT number, id, request_id, request_digest, create_millis, record, late_export FROM runs \
+                 ORDER BY number",
             )
             .fetch_all(&self.pool)
             .await
@@ -480,6 +486,28 @@ impl RunStore {
         .await
     }
 
+    /// Notes what was exported after a run's end, in place of what was noted before.
+    ///
+    /// # Errors
+    /// When there is no such run or the store fails.
+    pub async fn set_late_export(&self, run_id: &str, payload: &[u8]) -> Result<(), StoreError> {
+        let doing = "noting an export";
+        in_time(self.deadline, async {
+            let mut transaction = self.begin(doing).await?;
+            let set = sqlx::query("UPDATE runs SET late_export = $1 WHERE id = $2")
+                .bind(payload.to_vec())
+                .bind(run_id.to_owned())
+                .execute(&mut *transaction)
+                .await
+                .map_err(failed(doing))?;
+            if set.rows_affected() == 0 {
+                return Err(StoreError::NoRun { run_id: run_id.to_owned() });
+            }
+            transaction.commit().await.map_err(failed(doing))
+        })
+        .await
+    }
+
     /// Forgets a checkpoint, before its files are removed.
     ///
     /// # Errors
@@ -520,29 +548,36 @@ impl RunStore {
         .await
     }
 
-    /// Notes a call that changed something.
+    /// Notes calls that changed something, in order. The oldest go once there are too many.
     ///
     /// # Errors
     /// When the store fails.
-    pub async fn audit(&self, entry: &AuditEntry) -> Result<(), StoreError> {
-        let doing = "noting a call";
+    pub async fn audit(&self, entries: &[AuditEntry]) -> Result<(), StoreError> {
+        let doing = "noting calls";
         in_time(self.deadline, async {
             let mut transaction = self.begin(doing).await?;
             if !self.is_sqlite {
                 run(&mut transaction, "SELECT pg_advisory_xact_lock(7371)", doing).await?;
             }
-            sqlx::query(
-                "INSERT INTO audit (number, time_millis, principal, method, target, outcome) \
-                 SELECT COALESCE(MAX(number), 0) + 1, $1, $2, $3, $4, $5 FROM audit",
-            )
-            .bind(millis(entry.time))
-            .bind(entry.principal.clone())
-            .bind(entry.method.clone())
-            .bind(entry.target.clone())
-            .bind(entry.outcome.clone())
-            .execute(&mut *transaction)
-            .await
-            .map_err(failed(doing))?;
+            for entry in entries {
+                sqlx::query(
+                    "INSERT INTO audit (number, time_millis, principal, method, target, outcome) \
+                     SELECT COALESCE(MAX(number), 0) + 1, $1, $2, $3, $4, $5 FROM audit",
+                )
+                .bind(millis(entry.time))
+                .bind(entry.principal.clone())
+                .bind(entry.method.clone())
+                .bind(entry.target.clone())
+                .bind(entry.outcome.clone())
+                .execute(&mut *transaction)
+                .await
+                .map_err(failed(doing))?;
+            }
+            sqlx::query("DELETE FROM audit WHERE number <= (SELECT MAX(number) FROM audit) - $1")
+                .bind(KEPT_AUDITS)
+                .execute(&mut *transaction)
+                .await
+                .map_err(failed(doing))?;
             transaction.commit().await.map_err(failed(doing))
         })
         .await
@@ -673,6 +708,7 @@ fn run_row(row: &AnyRow) -> Result<StoredRunRow, sqlx::Error> {
         request_digest: row.try_get(3)?,
         create_time: time(row.try_get(4)?),
         record: row.try_get(5)?,
+        late_export: row.try_get(6)?,
     })
 }
 

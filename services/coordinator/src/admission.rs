@@ -1,5 +1,6 @@
 //! What a run must be before it is taken: every field right, every path allowed and there, the plan possible.
 
+use crate::exported::writing_problem;
 use crate::records::StoredRun;
 use checkpoint::{ModelFolder, export_form};
 use model_spec::{Family, LayerSpec, ModelSpec};
@@ -114,10 +115,10 @@ pub(crate) fn check_tasks(spec: &TaskSpec, path: &str, roots: &Roots, found: &mu
     }
 }
 
-/// A folder that may be written to and holds nothing; what is wrong goes to `found`.
+/// A folder that may be written to and holds nothing, on a disk or in an object store; what is wrong goes to `found`.
 pub(crate) fn check_output(spec: &ExportSpec, path: &str, roots: &Roots, found: &mut Violations) {
     if !spec.path.is_empty()
-        && let Err(problem) = empty_folder(&spec.path, roots)
+        && let Some(problem) = writing_problem(&spec.path, roots)
     {
         found.reject(format!("{path}.path"), problem);
     }
@@ -133,19 +134,6 @@ fn readable_file(path: &str, roots: &Roots) -> Result<(), String> {
         return Err(format!("`{path}` is empty"));
     }
     std::fs::File::open(&real).map(drop).map_err(|cause| format!("`{path}` cannot be read: {cause}"))
-}
-
-fn empty_folder(path: &str, roots: &Roots) -> Result<(), String> {
-    let real = roots.output(path).map_err(|refused| chain(&refused))?;
-    match real.read_dir().map(|mut entries| entries.next().is_none()) {
-        Ok(true) => Ok(()),
-        Ok(false) => Err(format!("`{path}` is not empty; give a folder that does not exist or is empty")),
-        Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        Err(cause) if cause.kind() == std::io::ErrorKind::NotADirectory => {
-            Err(format!("`{path}` is not a folder"))
-        }
-        Err(cause) => Err(format!("`{path}` cannot be looked at: {cause}")),
-    }
 }
 
 fn open_model(spec: &RunSpec, roots: &Roots, found: &mut Violations) -> Option<ModelSpec> {

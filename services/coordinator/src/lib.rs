@@ -7,11 +7,13 @@
 //! ```
 
 mod admission;
+mod audit_log;
 mod calls;
 mod config;
 mod context;
 mod deadlines;
 mod driver;
+mod exported;
 mod messages;
 mod one_worker;
 mod records;

@@ -6,6 +6,7 @@ use crate::driver::export_request;
 use crate::messages;
 use crate::registry::{ClaimNews, GroupClaim};
 use crate::run_book::{RunRecord, Shown};
+use crate::stores::store_failure;
 use pruning_run::{Evaluation, Event, ExportResult, Fault, Measurement, RunState, TaskResult};
 use recipe::Recipe;
 use std::collections::VecDeque;
@@ -182,15 +183,13 @@ pub(crate) async fn export(
     let Some(checkpoint) = checkpoint.filter(|checkpoint| checkpoint.with_logits) else {
         return Err(not_ready(record, "took no optimizer step, so there is nothing to export"));
     };
-    let state = context.stores.restore(&checkpoint.place).await.map_err(|error| {
-        let reason = if error.is_damage() { Reason::DataLoss } else { Reason::StoreFailed };
-        Failure::from_error(reason, &error)
-    })?;
+    let state = context.stores.restore(&checkpoint.place).await.map_err(store_failure)?;
     let claim = claim_one(context, record)?;
     let folder = context.stores.folder(&checkpoint.place);
     let export = Some(run::export_to_pb(&spec));
     let request = export_request(record, folder, &state.shards, &state.keep_mask, export);
     let (deadline, of_run, peers) = (context.deadlines.export, record.clone(), context.peers.clone());
+    let stores = context.stores.clone();
     in_background(context, move |given_up| async move {
         let worker = claim.workers().first().cloned().unwrap_or_default();
         let channel = peers.lazy(&worker.endpoint).map_err(|error| {
@@ -203,7 +202,10 @@ pub(crate) async fn export(
         };
         drop(claim);
         let result = messages::export_from(written.map_err(|fault| worker_failure(&worker.id, &fault))?);
-        of_run.set_export(result.clone());
+        if of_run.shown().export.is_none() {
+            stores.set_late_export(&of_run.id, &result).await.map_err(store_failure)?;
+            of_run.set_export(result.clone());
+        }
         Ok(result)
     })
     .await

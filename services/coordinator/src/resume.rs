@@ -3,8 +3,9 @@
 use crate::admission;
 use crate::context::Context;
 use crate::driver::{self, Start};
-use crate::records::{StoredEvent, StoredRun};
+use crate::records::{RecordError, StoredEvent, StoredRun};
 use crate::run_book::{Identity, RunRecord};
+use crate::stores::StoresError;
 use anyhow::Context as _;
 use pruning_run::{Event, History, Run, RunId};
 use run_store::StoredRunRow;
@@ -37,14 +38,31 @@ pub(crate) async fn take_up(context: &Arc<Context>) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Takes up one run that the store has and the book has not.
+///
+/// # Errors
+/// When it cannot be read.
+pub(crate) async fn take_up_one(context: &Arc<Context>, id: &str) -> Result<Arc<RunRecord>, StoresError> {
+    let unreadable = |cause| StoresError::from(RecordError::Unreadable { what: "a run", cause });
+    let row = context.stores.runs().await?.into_iter().find(|row| row.id == id);
+    let row = row.ok_or_else(|| unreadable(format!("`{id}` is not in the store")))?;
+    let found = read(context, row).await.map_err(unreadable)?;
+    let record = found.record.clone();
+    go_on(context, found);
+    Ok(record)
+}
+
 async fn read(context: &Arc<Context>, row: StoredRunRow) -> Result<Found, String> {
-    let StoredRunRow { number, id, request_id, request_digest, create_time, record } = row;
+    let StoredRunRow { number, id, request_id, request_digest, create_time, record, late_export } = row;
     let run = StoredRun::decode(&record).map_err(|error| chain(&error))?;
     let setup = admission::setup_of(&run, context.blame_grace())?;
     let identity = Identity { id: RunId(id), number, create_time, request_digest };
     let (record, requests) = RunRecord::new(identity, run, setup);
     let publish = |event: StoredEvent| record.publish(event);
     let history = context.stores.history(&record.id, publish).await.map_err(|error| chain(&error))?;
+    if let Some(payload) = late_export {
+        record.set_export(serde_json::from_slice(&payload).map_err(|error| error.to_string())?);
+    }
     context.book.add(record.clone(), request_id);
     Ok(Found { record, history, requests })
 }

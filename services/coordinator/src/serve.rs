@@ -1,3 +1,4 @@
+use crate::audit_log::AuditLog;
 use crate::config::CoordinatorConfig;
 use crate::context::Context;
 use crate::resume;
@@ -27,7 +28,9 @@ pub async fn serve(
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
     let context = Context::open(&config, listener.peers()).await?;
+    let (audit_log, writing_audit) = AuditLog::start(context.stores.clone());
     let server = GrpcServer::new(DESCRIPTORS)?
+        .with_audit(audit_log)
         .with_service(
             RunServiceServer::new(Runs::new(context.clone()))
                 .max_decoding_message_size(limits::MESSAGE_BYTES)
@@ -64,6 +67,10 @@ pub async fn serve(
     stop_serving.cancel();
     winding_down.abort();
     leases.await?;
+    // The server is gone, and with it whoever adds to the audit.
+    if tokio::time::timeout(GRACE, writing_audit).await.is_err() {
+        warn!("the last calls are not in the store's audit, only in the log");
+    }
     context.stores.close().await;
     served?;
     if context.fenced.is_cancelled() {

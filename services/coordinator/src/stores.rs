@@ -3,11 +3,16 @@
 use crate::records::{RecordError, StoredEvent, StoredRun, pack, unpack};
 use blob_store::{BlobError, BlobStore};
 use pruning::{KeepMask, LayerKeep, MovingAverage};
-use pruning_run::{CheckpointRef, Generation, History, RunEvent, RunEventKind, RunId, SavedState};
-use run_store::{Created, NewRun, RunStore, StoreError, StoredCheckpoint, StoredDecision, StoredRunRow};
+use pruning_run::{
+    CheckpointRef, ExportResult, Generation, History, RunEvent, RunEventKind, RunId, SavedState,
+};
+use run_store::{
+    AuditEntry, Created, NewRun, RunStore, StoreError, StoredCheckpoint, StoredDecision, StoredRunRow,
+};
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
 use tracing::warn;
+use wire::status::{Failure, Reason};
 
 /// The coordinator's own part of a checkpoint.
 const STATE_FILE: &str = "coordinator.bin";
@@ -104,7 +109,27 @@ impl Stores {
             events: events.collect::<Result<_, _>>()?,
             decisions,
         };
-        Ok(self.runs.create_run(&new).await?)
+        match self.runs.create_run(&new).await {
+            // It may have happened all the same: then this says so.
+            Err(error) if error.may_pass() => Ok(self.runs.create_run(&new).await?),
+            other => Ok(other?),
+        }
+    }
+
+    /// Notes what was exported after a run's end.
+    pub(crate) async fn set_late_export(
+        &self,
+        run_id: &RunId,
+        result: &ExportResult,
+    ) -> Result<(), StoresError> {
+        let payload = serde_json::to_vec(result)
+            .map_err(|error| RecordError::Unwritable { what: "an export", cause: error.to_string() })?;
+        Ok(self.runs.set_late_export(&run_id.0, &payload).await?)
+    }
+
+    /// Notes calls that changed something.
+    pub(crate) async fn audit(&self, entries: &[AuditEntry]) -> Result<(), StoresError> {
+        Ok(self.runs.audit(entries).await?)
     }
 
     /// Stores events for good. At most one of them may be a decision, and one a checkpoint.
@@ -323,6 +348,11 @@ impl Stores {
     }
 }
 
+pub(crate) fn store_failure(error: StoresError) -> Failure {
+    let reason = if error.is_damage() { Reason::DataLoss } else { Reason::StoreFailed };
+    Failure::from_error(reason, &error)
+}
+
 fn blob(place: &CheckpointRef, file: &str) -> String {
     format!("{}/{}/{file}", place.run_id.0, place.name)
 }
@@ -345,7 +375,7 @@ fn decision_row(
     }))
 }
 
-fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     use std::fmt::Write as _;
     bytes.iter().fold(String::new(), |mut text, byte| {
         // Writing to a String cannot fail.

@@ -1,7 +1,6 @@
 //! What a worker is told at its start.
 
 use crate::WorkerError;
-use blob_store::Location;
 use service_kit::{ListenArgs, LogArgs, RootArgs};
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -39,9 +38,6 @@ pub struct ServeArgs {
     #[arg(long, env = "ESPALIER_COLLECTIVE_TIMEOUT_SECONDS", value_name = "SECONDS", default_value_t = 60,
           value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub collective_timeout_seconds: u64,
-    /// Object store that checkpoints may be in, as s3://BUCKET/PREFIX; repeat for several
-    #[arg(long = "object-store", env = "ESPALIER_OBJECT_STORES", value_name = "URL", value_delimiter = ',')]
-    pub object_stores: Vec<Location>,
     /// How long the run's checkpoint may take once this worker is told to stop
     #[arg(long, env = "ESPALIER_DRAIN_SECONDS", value_name = "SECONDS", default_value_t = 25,
           value_parser = clap::value_parser!(u64).range(0..=3600))]
@@ -80,8 +76,6 @@ pub struct WorkerConfig {
     pub device_memory_bytes: Option<u64>,
     pub threads: u32,
     pub roots: RootArgs,
-    /// Object stores that checkpoints may be in.
-    pub object_stores: Vec<Location>,
     pub collective_timeout: Duration,
     pub register_timeout: Duration,
     /// How long the run's checkpoint may take once the worker is told to stop.
@@ -101,7 +95,6 @@ impl From<ServeArgs> for WorkerConfig {
             device: args.device,
             device_memory_bytes: None,
             roots: args.roots,
-            object_stores: args.object_stores,
             drain: Duration::from_secs(args.drain_seconds),
             collective_timeout: Duration::from_secs(args.collective_timeout_seconds),
             register_timeout: Duration::from_secs(args.register_timeout_seconds),
@@ -168,7 +161,6 @@ mod tests {
             device_memory_bytes: None,
             threads: 1,
             roots: RootArgs::default(),
-            object_stores: Vec::new(),
             collective_timeout: Duration::from_secs(1),
             register_timeout: Duration::from_secs(1),
             drain: Duration::ZERO,

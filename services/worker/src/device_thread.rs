@@ -495,6 +495,7 @@ impl<'a> Shard<'a> {
             Err(error @ EngineError::Refused(_)) => return Err(error.into()),
             Err(
                 error @ (EngineError::File(_)
+                | EngineError::Unwritten(_)
                 | EngineError::NotFinite { .. }
                 | EngineError::Collective(_)
                 | EngineError::Device(_)),

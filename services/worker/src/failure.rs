@@ -9,6 +9,7 @@ pub(crate) fn of_engine(error: &EngineError) -> Failure {
     match error {
         EngineError::Refused(_) => Failure::from_error(Reason::Refused, error),
         EngineError::File(_) => Failure::from_error(Reason::BadFile, error),
+        EngineError::Unwritten(_) => Failure::from_error(Reason::StoreFailed, error),
         EngineError::NotFinite { what, step, value } => Failure::from_error(Reason::NotFinite, error)
             .with_fact("what", what)
             .with_fact("step", step)
@@ -21,7 +22,10 @@ pub(crate) fn of_engine(error: &EngineError) -> Failure {
 /// Whether the shard may not be used any more after this.
 pub(crate) fn ends_session(error: &EngineError) -> bool {
     match error {
-        EngineError::Refused(_) | EngineError::File(_) | EngineError::NotFinite { .. } => false,
+        EngineError::Refused(_)
+        | EngineError::File(_)
+        | EngineError::Unwritten(_)
+        | EngineError::NotFinite { .. } => false,
         EngineError::Collective(_) | EngineError::Device(_) => true,
     }
 }

@@ -3,7 +3,6 @@
 //!
 //! The async side never computes and never blocks; one OS thread a session owns the engine's shard (`device_thread`).
 
-mod checkpoint_store;
 mod config;
 mod data;
 mod device_thread;
@@ -11,6 +10,7 @@ mod failure;
 mod logits;
 mod memory;
 mod parent;
+mod places;
 mod registration;
 mod rpc;
 mod session;
@@ -70,13 +70,7 @@ pub async fn run(
     let listener = config.listen.bind(SocketAddr::from(([127, 0, 0, 1], 0))).await?;
     let announced = config.announced(listener.address())?;
     let peers = listener.peers();
-    let rpc = WorkerRpc::new(
-        engine,
-        roots,
-        config.object_stores.clone(),
-        announced.data_host.clone(),
-        config.collective_timeout,
-    );
+    let rpc = WorkerRpc::new(engine, roots, announced.data_host.clone(), config.collective_timeout);
     info!(
         worker_id = announced.id,
         address = %listener.address(),

@@ -1,18 +1,17 @@
 //! `WorkerService`: messages into domain types, an order to the device thread, its answer back.
 
-use crate::checkpoint_store::{Allowed, CheckpointFolder};
 use crate::data::{DataRequest, LocatedSource};
 use crate::device_thread::{Command, Perplexity, SessionSetup, Stretch, Taken};
 use crate::failure;
+use crate::places::Place;
 use crate::session::{Session, Starter};
 use crate::session_stream::SessionStream;
-use blob_store::Location;
 use checkpoint::ModelFolder;
 use engine::{CollectiveBackend, Engine, ExportJob, Rendezvous, Restore, ShardSetup};
 use pruning::KeepMask;
 use service_kit::{PathRefused, Roots};
 use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -41,7 +40,7 @@ pub struct WorkerRpc {
 
 struct Inner {
     engine: Arc<dyn Engine>,
-    allowed: Allowed,
+    roots: Roots,
     data_host: String,
     collective_timeout: Duration,
     steps_done: Arc<AtomicU64>,
@@ -72,7 +71,6 @@ impl WorkerRpc {
     pub fn new(
         engine: Arc<dyn Engine>,
         roots: Roots,
-        object_stores: Vec<Location>,
         data_host: String,
         collective_timeout: Duration,
     ) -> Self {
@@ -81,7 +79,7 @@ impl WorkerRpc {
         Self {
             inner: Arc::new(Inner {
                 engine,
-                allowed: Allowed { roots, stores: object_stores },
+                roots,
                 data_host,
                 collective_timeout,
                 steps_done: Arc::default(),
@@ -268,6 +266,8 @@ fn located_sources(
 /// A checked LoadRequest.
 struct Load {
     session_id: String,
+    /// Its files are still to be fetched; only absent from one that is refused.
+    model: Option<Place>,
     /// Its checkpoint is still to be fetched.
     shard: ShardSetup,
     data: DataRequest,
@@ -276,7 +276,7 @@ struct Load {
 
 /// A checkpoint that is to be read.
 struct RestoreFrom {
-    folder: CheckpointFolder,
+    place: Place,
     /// Names and digests by rank.
     files: Vec<(String, String)>,
     generation: u64,
@@ -285,23 +285,24 @@ struct RestoreFrom {
 }
 
 impl RestoreFrom {
-    fn checked(message: pb::Restore, allowed: &Allowed, found: &mut Violations) -> Option<Self> {
+    fn checked(message: pb::Restore, roots: &Roots, found: &mut Violations) -> Option<Self> {
         let files = checked_shards(message.shards, "restore.shards", found);
         let keep_mask = mask::from_pb(message.keep_mask, "restore.keep_mask", found);
-        let folder =
-            allowed.input(&message.url).map_err(|problem| found.reject("restore.url", problem)).ok()?;
+        let place =
+            Place::input(roots, &message.url).map_err(|problem| found.reject("restore.url", problem)).ok()?;
         let (generation, next_step) = (message.generation, message.next_step);
-        Some(Self { folder, files, generation, next_step, keep_mask })
+        Some(Self { place, files, generation, next_step, keep_mask })
     }
 
     /// Brings the files to this machine.
-    async fn fetch(self) -> Result<Restore, Failure> {
+    async fn fetch(&self) -> Result<Restore, Failure> {
         let mut shards = Vec::with_capacity(self.files.len());
         for (file, sha256) in &self.files {
-            shards.push((self.folder.fetch(file).await?, sha256.clone()));
+            shards.push((self.place.fetch(file).await?, sha256.clone()));
         }
         let Self { generation, next_step, keep_mask, .. } = self;
-        Ok(Restore { shards, generation, next_step, keep_mask })
+        let (generation, next_step) = (*generation, *next_step);
+        Ok(Restore { shards, generation, next_step, keep_mask: keep_mask.clone() })
     }
 }
 
@@ -333,14 +334,15 @@ impl Load {
     /// Looks at the file system.
     fn checked(
         message: pb::LoadRequest,
-        allowed: &Allowed,
+        roots: &Roots,
         collective_timeout: Duration,
     ) -> Result<Self, Failure> {
-        let roots = &allowed.roots;
         let mut found = Violations::default();
         check_session_id(&message.session_id, &mut found);
         let recipe = recipe::from_pb(message.recipe, "recipe", &mut found);
-        let model = located(roots.input_folder(&message.model), "model", &mut found);
+        let model =
+            Place::input(roots, &message.model).map_err(|problem| found.reject("model", problem)).ok();
+        let model_folder = model.as_ref().map(|place| place.local().to_owned()).unwrap_or_default();
         if !(1..=limits::MAX_TP_DEGREE).contains(&message.tp_degree) {
             let most = limits::MAX_TP_DEGREE;
             found.reject("tp_degree", format!("must lie in 1..={most}; got {}", message.tp_degree));
@@ -369,7 +371,7 @@ impl Load {
             (spec, files)
         });
         let shard = ShardSetup {
-            model: model.clone(),
+            model: model_folder.clone(),
             recipe,
             tp_rank: message.tp_rank as usize,
             tp_degree: message.tp_degree as usize,
@@ -377,9 +379,9 @@ impl Load {
             restore: None,
             progress: Arc::default(),
         };
-        let restore = message.restore.and_then(|restore| RestoreFrom::checked(restore, allowed, &mut found));
-        let data = DataRequest { model, training, evaluation, tasks };
-        Ok(found.finish(Self { session_id: message.session_id, shard, data, restore })?)
+        let restore = message.restore.and_then(|restore| RestoreFrom::checked(restore, roots, &mut found));
+        let data = DataRequest { model: model_folder, training, evaluation, tasks };
+        Ok(found.finish(Self { session_id: message.session_id, model, shard, data, restore })?)
     }
 }
 
@@ -392,25 +394,27 @@ fn check_session_id(id: &str, found: &mut Violations) {
 /// An export whose checkpoint is still to be fetched.
 struct Export {
     job: ExportJob,
-    folder: CheckpointFolder,
+    checkpoint: Place,
+    out: Place,
     files: Vec<(String, String)>,
     /// What an interrupted export of the same run has left goes first.
     replace: bool,
 }
 
 /// Looks at the file system.
-fn checked_export(message: pb::ExportRequest, allowed: &Allowed) -> Result<Export, Failure> {
-    let roots = &allowed.roots;
+fn checked_export(message: pb::ExportRequest, roots: &Roots) -> Result<Export, Failure> {
     let mut found = Violations::default();
     let recipe = recipe::from_pb(message.recipe, "recipe", &mut found);
     let model = located(roots.input_folder(&message.model), "model", &mut found);
-    let folder = allowed.input(&message.checkpoint).map_err(|problem| found.reject("checkpoint", problem));
+    let checkpoint =
+        Place::input(roots, &message.checkpoint).map_err(|problem| found.reject("checkpoint", problem));
     let keep_mask = mask::from_pb(message.keep_mask, "keep_mask", &mut found);
     let spec = run::export_from_pb(message.export.unwrap_or_default(), "export", &mut found);
     let out = if spec.path.is_empty() {
-        PathBuf::new()
+        // Noted when the message was read.
+        Err(())
     } else {
-        located(roots.output(&spec.path), "export.path", &mut found)
+        Place::output(roots, &spec.path).map_err(|problem| found.reject("export.path", problem))
     };
     let files = checked_shards(message.shards, "shards", &mut found);
     let dtype = match spec.dtype {
@@ -419,42 +423,34 @@ fn checked_export(message: pb::ExportRequest, allowed: &Allowed) -> Result<Expor
         wire::ExportDtype::F16 => engine::ExportDtype::F16,
         wire::ExportDtype::F32 => engine::ExportDtype::F32,
     };
+    let out_folder = out.as_ref().map(|place| place.local().to_owned()).unwrap_or_default();
     let job = found.finish(ExportJob {
         model,
         recipe,
         shards: Vec::new(),
         keep_mask,
-        out,
+        out: out_folder,
         dtype,
         max_shard_bytes: spec.max_shard_bytes,
         run_id: message.run_id,
     })?;
     let model = ModelFolder::open(&job.model).map_err(|error| failure::of_model(&error))?;
     mask::check_fits(&job.keep_mask, model.spec(), "keep_mask")?;
-    let folder =
-        folder.map_err(|()| Failure::new(Reason::Internal, "a refused checkpoint was let through"))?;
-    Ok(Export { job, folder, files, replace: message.replace })
-}
-
-/// Removes what an export that was cut off after its last rename has left. Nothing but a whole export is touched.
-fn remove_export(out: &Path) -> Result<(), Failure> {
-    let whole = ["espalier_manifest.json", "manifest.json"].iter().any(|name| out.join(name).is_file());
-    if !whole {
-        return Ok(());
+    match (checkpoint, out) {
+        (Ok(checkpoint), Ok(out)) => Ok(Export { job, checkpoint, out, files, replace: message.replace }),
+        (Err(()), _) | (_, Err(())) => {
+            Err(Failure::new(Reason::Internal, "a refused folder was let through"))
+        }
     }
-    std::fs::remove_dir_all(out).map_err(|error| {
-        let message = format!("`{}` of the export before cannot be removed: {error}", out.display());
-        Failure::new(Reason::BadFile, message)
-    })
 }
 
 /// Writes a snapshot to where it belongs.
 async fn written(
-    folder: CheckpointFolder,
+    folder: Place,
     file: String,
     snapshot: Box<dyn engine::Snapshot>,
 ) -> Result<pb::CheckpointShard, Failure> {
-    let place = folder.place(&file);
+    let place = folder.local().join(&file);
     let (sha256, size_bytes) = blocking(move || {
         let sha256 = snapshot.write(&place).map_err(|error| failure::of_engine(&error))?;
         let size_bytes = std::fs::metadata(&place).map_or(0, |metadata| metadata.len());
@@ -515,17 +511,25 @@ impl WorkerService for WorkerRpc {
 
     async fn load(&self, request: Request<pb::LoadRequest>) -> Result<Response<pb::LoadResponse>, Status> {
         let (inner, message) = (Arc::clone(&self.inner), request.into_inner());
-        let load = blocking(move || Load::checked(message, &inner.allowed, inner.collective_timeout)).await?;
-        let Load { session_id, mut shard, data, restore } = load;
+        let load = blocking(move || Load::checked(message, &inner.roots, inner.collective_timeout)).await?;
+        let Load { session_id, model, mut shard, data, restore } = load;
         let (session, starter, device_free) = self.replace_session(session_id)?;
         shard.progress = Arc::clone(session.end.shard());
-        if let Some(restore) = restore {
-            match restore.fetch().await {
-                Ok(restore) => shard.restore = Some(restore),
-                Err(failure) => {
-                    tokio::spawn(starter.give_up(failure.clone(), device_free));
-                    return Err(failure.into());
-                }
+        let fetching = async {
+            if let Some(model) = &model {
+                model.fetch_all().await?;
+            }
+            match &restore {
+                Some(restore) => restore.fetch().await.map(Some),
+                None => Ok(None),
+            }
+        };
+        // What is fetched lies where `model` and `restore` say until all of it is loaded.
+        match fetching.await {
+            Ok(fetched) => shard.restore = fetched,
+            Err(failure) => {
+                tokio::spawn(starter.give_up(failure.clone(), device_free));
+                return Err(failure.into());
             }
         }
         info!(session_id = session.id, model = %shard.model.display(), tp_rank = shard.tp_rank, "session begins");
@@ -636,7 +640,9 @@ impl WorkerService for WorkerRpc {
         let session = self.session(&session_id)?;
         let inner = Arc::clone(&self.inner);
         let folder = blocking(move || {
-            inner.allowed.output(&url).map_err(|problem| Failure::invalid_field("url", problem))
+            let folder =
+                Place::output(&inner.roots, &url).and_then(|folder| folder.create().map(|()| folder));
+            folder.map_err(|problem| Failure::invalid_field("url", problem))
         })
         .await?;
         let permit = Arc::clone(&self.inner.writing).acquire_owned().await;
@@ -671,20 +677,21 @@ impl WorkerService for WorkerRpc {
         let inner = Arc::clone(&self.inner);
         let path = message.export.as_ref().map(|export| export.path.clone()).unwrap_or_default();
         let checked = Arc::clone(&self.inner);
-        let Export { mut job, folder, files, replace } =
-            blocking(move || checked_export(message, &checked.allowed)).await?;
+        let Export { mut job, checkpoint, out, files, replace } =
+            blocking(move || checked_export(message, &checked.roots)).await?;
+        out.make_room(replace).await?;
         for (file, sha256) in files {
-            job.shards.push((folder.fetch(&file).await?, sha256));
+            job.shards.push((checkpoint.fetch(&file).await?, sha256));
         }
-        let written = blocking(move || {
-            let (_permit, _folder) = (permit, folder);
-            if replace {
-                remove_export(&job.out)?;
-            }
-            info!(run_id = job.run_id, out = %job.out.display(), "export begins");
-            inner.engine.export(&job).map_err(|error| failure::of_engine(&error))
+        info!(run_id = job.run_id, path, "export begins");
+        let held = (checkpoint, out.clone());
+        let (written, _permit) = blocking(move || {
+            let _held = held;
+            let written = inner.engine.export(&job).map_err(|error| failure::of_engine(&error))?;
+            Ok((written, permit))
         })
         .await?;
+        out.deliver_all().await?;
         info!(
             path,
             parameters = written.parameters,

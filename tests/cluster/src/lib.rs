@@ -156,7 +156,6 @@ impl Cluster {
             roots: RootArgs { roots: vec![self.root.path().to_owned(), fixtures()] },
             collective_timeout: Duration::from_secs(20),
             register_timeout: Duration::from_secs(20),
-            object_stores: Vec::new(),
             drain: Duration::from_secs(10),
         };
         runtime.spawn(worker::run(config, engine, stop.clone()));

@@ -1,9 +1,10 @@
 //! The processes of one seed: a coordinator, workers, and a proxy in each direction between them.
 
+use crate::object_store::ObjectStore;
 use crate::proxy::{Link, Proxy};
 use crate::script::WORKERS;
 use processes_tests::{Finished, Running, Tool, fixture, free_port};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tempfile::TempDir;
@@ -35,6 +36,8 @@ struct Worker {
 
 pub(crate) struct Cluster {
     folder: TempDir,
+    /// Where checkpoints and the result go, if not into the folder.
+    store: Option<ObjectStore>,
     address: String,
     coordinator: Mutex<Process>,
     workers: Vec<Worker>,
@@ -57,7 +60,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Cluster {
     /// # Errors
     /// When a folder, a port or a process is not to be had.
-    pub(crate) async fn start() -> std::io::Result<Arc<Self>> {
+    pub(crate) async fn start(in_object_store: bool) -> std::io::Result<Arc<Self>> {
         let folder = tempfile::tempdir()?;
         let address = format!("127.0.0.1:{}", free_port());
         let mut workers = Vec::new();
@@ -71,8 +74,10 @@ impl Cluster {
                 to_worker: Proxy::start(format!("127.0.0.1:{port}")).await?,
             });
         }
+        let store = if in_object_store { Some(ObjectStore::start().await?) } else { None };
         let cluster = Arc::new(Self {
             folder,
+            store,
             address,
             coordinator: Mutex::new(Process::Down),
             workers,
@@ -88,9 +93,25 @@ impl Cluster {
         format!("http://{}", self.address)
     }
 
-    /// Folder of the exported model.
-    pub(crate) fn out(&self) -> PathBuf {
-        self.root().join("out")
+    /// Path or URL of the exported model.
+    pub(crate) fn out(&self) -> String {
+        match &self.store {
+            Some(store) => format!("{}/out", store.url()),
+            None => self.root().join("out").to_string_lossy().into_owned(),
+        }
+    }
+
+    pub(crate) fn set_store_link(&self, link: Link) {
+        if let Some(store) = &self.store {
+            store.set(link);
+        }
+    }
+
+    /// What both kinds of process need to reach the object store.
+    fn with_store(&self, tool: Tool) -> Tool {
+        let Some(store) = &self.store else { return tool };
+        let tool = tool.flag("--root", store.url());
+        store.variables().into_iter().fold(tool, |tool, (name, value)| tool.env(name, value))
     }
 
     fn root(&self) -> &Path {
@@ -106,29 +127,30 @@ impl Cluster {
     }
 
     pub(crate) fn start_coordinator(&self) {
-        let started = Tool::new("coordinator")
+        let mut tool = Tool::new("coordinator")
             .flag("--listen", &self.address)
             .flag("--root", self.root())
             .flag("--root", fixture("."))
             .flag("--data-dir", self.root().join("state"))
             .flag("--lease-seconds", LEASE_SECONDS)
-            .flag("--stall-seconds", STALL_SECONDS)
-            .start();
-        *lock(&self.coordinator) = Process::Running(started);
+            .flag("--stall-seconds", STALL_SECONDS);
+        if let Some(store) = &self.store {
+            tool = tool.flag("--checkpoint-dir", format!("{}/checkpoints", store.url()));
+        }
+        *lock(&self.coordinator) = Process::Running(self.with_store(tool).start());
     }
 
     pub(crate) fn start_worker(&self, index: usize) {
         let worker = &self.workers[index];
-        let started = Tool::new("worker")
+        let tool = Tool::new("worker")
             .flag("--listen", format!("127.0.0.1:{}", worker.port))
             .flag("--coordinator", worker.to_coordinator.url())
             .flag("--advertise", worker.to_worker.url())
             .flag("--id", &worker.id)
             .flag("--threads", "1")
             .flag("--root", self.root())
-            .flag("--root", fixture("."))
-            .start();
-        *lock(&worker.process) = Process::Running(started);
+            .flag("--root", fixture("."));
+        *lock(&worker.process) = Process::Running(self.with_store(tool).start());
     }
 
     pub(crate) fn set_links(&self, index: usize, link: Link) {

@@ -2,9 +2,12 @@
 
 use crate::watcher::has_ended;
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::time::Duration;
 use wire::client::RunClient;
 use wire::pb::{self, RunState, run_event::Kind};
+
+/// Longest that fetching the exported files may take.
+const DOWNLOAD: Duration = Duration::from_secs(60);
 
 /// What a run came to, to hold two runs against each other.
 #[derive(Debug, Clone, PartialEq)]
@@ -28,13 +31,12 @@ impl Outcome {
         mut client: RunClient,
         id: &str,
         events: &[pb::RunEvent],
-        out: &Path,
     ) -> Result<Self, String> {
         let mut outcome = Self {
             losses: BTreeMap::new(),
             masks: BTreeMap::new(),
             perplexities: BTreeMap::new(),
-            files: files(out).map_err(|error| format!("`{}` cannot be read: {error}", out.display()))?,
+            files: files(&mut client, id).await?,
         };
         // The manifest names its run, and is the same otherwise.
         if let Some(manifest) = outcome.files.get_mut("espalier_manifest.json") {
@@ -104,20 +106,27 @@ impl Outcome {
     }
 }
 
-/// Every file below a folder, by its path in it.
-fn files(folder: &Path) -> std::io::Result<BTreeMap<String, Vec<u8>>> {
-    let mut found = BTreeMap::new();
-    for entry in std::fs::read_dir(folder)? {
-        let entry = entry?;
-        let name = entry.file_name().to_string_lossy().into_owned();
-        if entry.file_type()?.is_dir() {
-            let below = files(&entry.path())?;
-            found.extend(below.into_iter().map(|(file, bytes)| (format!("{name}/{file}"), bytes)));
-        } else {
-            found.insert(name, std::fs::read(entry.path())?);
+/// Every exported file, by its name.
+async fn files(client: &mut RunClient, id: &str) -> Result<BTreeMap<String, Vec<u8>>, String> {
+    let reading = async {
+        let listed = client.list_artifacts(pb::ListArtifactsRequest { id: id.to_owned() }).await?;
+        let mut found = BTreeMap::new();
+        for artifact in listed.into_inner().artifacts {
+            let name = artifact.name;
+            let request = pb::DownloadArtifactRequest { id: id.to_owned(), name: name.clone(), offset: 0 };
+            let mut stream = client.download_artifact(request).await?.into_inner();
+            let mut bytes = Vec::new();
+            while let Some(part) = stream.message().await? {
+                bytes.extend_from_slice(&part.data);
+            }
+            found.insert(name, bytes);
         }
+        Ok::<_, tonic::Status>(found)
+    };
+    match tokio::time::timeout(DOWNLOAD, reading).await {
+        Ok(found) => found.map_err(|status| format!("the exported files cannot be fetched: {status}")),
+        Err(_) => Err(format!("the exported files are not fetched within {DOWNLOAD:?}")),
     }
-    Ok(found)
 }
 
 /// What is wrong with a run's events, taken by themselves: revisions, steps, generations, checkpoints, the end.

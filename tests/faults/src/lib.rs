@@ -6,6 +6,7 @@
 mod cluster;
 mod figures;
 mod history;
+mod object_store;
 mod proxy;
 mod random;
 mod script;

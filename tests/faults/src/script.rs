@@ -13,6 +13,8 @@ pub(crate) const STEPS: u64 = 16;
 #[derive(Debug, Clone)]
 pub struct Script {
     pub seed: u64,
+    /// Checkpoints and the result go to an object store instead of a folder.
+    pub(crate) in_object_store: bool,
     pub(crate) faults: Vec<Planned>,
 }
 
@@ -59,10 +61,14 @@ pub(crate) enum Fault {
     FullDisk { lasts: Duration },
     /// No file of a worker can grow.
     FullWorkerDisk { worker: usize, lasts: Duration },
+    /// Connections to the object store break, and no new ones are made.
+    FailingStore { lasts: Duration },
+    /// Bytes from and to the object store come late.
+    SlowStore { latency: Duration, lasts: Duration },
 }
 
 /// Names of the kinds, in the order in which seeds take turns.
-pub(crate) const KINDS: [&str; 11] = [
+pub(crate) const KINDS: [&str; 13] = [
     "worker killed",
     "coordinator killed",
     "worker frozen",
@@ -74,7 +80,12 @@ pub(crate) const KINDS: [&str; 11] = [
     "link slow",
     "coordinator's disk full",
     "worker's disk full",
+    "object store fails",
+    "object store slow",
 ];
+
+/// From here on they are kinds that need an object store.
+const STORE_KINDS: u64 = 11;
 
 impl Fault {
     /// Place in [`KINDS`].
@@ -91,6 +102,8 @@ impl Fault {
             Self::SlowLink { .. } => 8,
             Self::FullDisk { .. } => 9,
             Self::FullWorkerDisk { .. } => 10,
+            Self::FailingStore { .. } => 11,
+            Self::SlowStore { .. } => 12,
         }
     }
 
@@ -111,6 +124,8 @@ impl Fault {
             8 => Self::SlowLink { worker, latency: random.millis(5..80), lasts },
             9 => Self::FullDisk { lasts: random.millis(300..4000) },
             10 => Self::FullWorkerDisk { worker, lasts: random.millis(300..4000) },
+            11 => Self::FailingStore { lasts: random.millis(100..6000) },
+            12 => Self::SlowStore { latency: random.millis(5..200), lasts },
             // Callers draw below the number of kinds.
             other => unreachable!("there is no kind {other}"),
         }
@@ -123,10 +138,12 @@ impl Script {
     pub fn of(seed: u64) -> Self {
         let mut random = Random::new(seed);
         let kinds = KINDS.len() as u64;
+        let in_object_store = seed % kinds >= STORE_KINDS || seed % 5 == 4;
+        let possible = if in_object_store { kinds } else { STORE_KINDS };
         let count = [1, 1, 2, 2, 3][random.below(5) as usize];
         let mut faults: Vec<Planned> = (0..count)
             .map(|index| {
-                let kind = if index == 0 { seed % kinds } else { random.below(kinds) };
+                let kind = if index == 0 { seed % kinds } else { random.below(possible) };
                 let when = match random.below(12) {
                     0 => When::Created,
                     1 => When::Exporting,
@@ -141,13 +158,14 @@ impl Script {
             })
             .collect();
         faults.sort_by_key(|planned| planned.when);
-        Self { seed, faults }
+        Self { seed, in_object_store, faults }
     }
 }
 
 impl fmt::Display for Script {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "seed {}:", self.seed)?;
+        let place = if self.in_object_store { ", in an object store" } else { "" };
+        writeln!(f, "seed {}{place}:", self.seed)?;
         for Planned { when, delay, fault } in &self.faults {
             writeln!(f, "  {delay:?} after {when:?}: {fault:?}")?;
         }

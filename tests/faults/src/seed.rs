@@ -75,7 +75,7 @@ struct Done {
 /// # Errors
 /// When it does not succeed even then.
 pub async fn undisturbed() -> Result<Outcome, Box<Failure>> {
-    let (outcome, _) = perform(&Script { seed: 0, faults: Vec::new() }, None).await?;
+    let (outcome, _) = perform(&Script { seed: 0, in_object_store: false, faults: Vec::new() }, None).await?;
     Ok(outcome)
 }
 
@@ -94,7 +94,7 @@ async fn perform(script: &Script, reference: Option<&Outcome>) -> Result<(Outcom
         let events = events.iter().map(shown).collect();
         Box::new(Failure { script: script.clone(), complaints, events, logs })
     };
-    let cluster = match Cluster::start().await {
+    let cluster = match Cluster::start(script.in_object_store).await {
         Ok(cluster) => cluster,
         Err(error) => return Err(failure(vec![format!("no cluster: {error}")], &[], String::new())),
     };
@@ -172,7 +172,7 @@ async fn judge(
     if repeated.state() != RunState::Succeeded {
         cluster.complain(format!("the run is {:?}: {}", repeated.state(), repeated.status_message));
     }
-    let outcome = Outcome::read(client, &id, events, &cluster.out()).await?;
+    let outcome = Outcome::read(client, &id, events).await?;
     Ok((outcome, done))
 }
 
@@ -245,7 +245,7 @@ fn spec(cluster: &Cluster) -> pb::RunSpec {
             ..Default::default()
         }),
         export: Some(pb::ExportSpec {
-            path: cluster.out().to_string_lossy().into_owned(),
+            path: cluster.out(),
             dtype: Some(pb::ExportDtype::F32.into()),
             ..Default::default()
         }),
@@ -370,6 +370,17 @@ async fn do_fault(cluster: Arc<Cluster>, fault: Fault) -> Option<Done> {
             cluster.set_links(worker, Link::Slow(latency));
             tokio::time::sleep(lasts).await;
             cluster.set_links(worker, Link::Open);
+        }
+        Fault::FailingStore { lasts } => {
+            cluster.set_store_link(Link::Reset);
+            tokio::time::sleep(lasts).await;
+            cluster.set_store_link(Link::Open);
+            possible = SystemTime::now();
+        }
+        Fault::SlowStore { latency, lasts } => {
+            cluster.set_store_link(Link::Slow(latency));
+            tokio::time::sleep(lasts).await;
+            cluster.set_store_link(Link::Open);
         }
         Fault::FullDisk { lasts } => {
             fill_disk(cluster.coordinator_process()?, lasts).await;

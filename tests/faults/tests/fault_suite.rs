@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-const FIXED: std::ops::Range<u64> = 0..22;
+const FIXED: std::ops::Range<u64> = 0..26;
 const JOBS: usize = 2;
 
 /// # Panics

@@ -39,7 +39,11 @@ fn the_last_checkpoint_is_tried_again_and_then_the_run_fails() {
         let mut world = World::new(&setup(recipe(), 2, durable()), 100);
         world.until(|world| world.checkpoints().len() == 5);
         world.failing_checkpoints = failing;
+        let before = world.now;
         world.settle();
+        // Tried again at once, then after 1, 2, … seconds.
+        let pauses = world.now.duration_since(before).unwrap().as_secs();
+        assert_eq!(pauses, [0, 0, 0, 3, 3][failing]);
         assert_eq!(world.run.state() == RunState::Succeeded, ends_well, "{}", world.last_message());
         if !ends_well {
             assert_eq!(world.last_message(), "the checkpoint after 10 steps was not written: disk full");

@@ -5,8 +5,9 @@ use crate::admission::{Admitted, admit, read_spec};
 use crate::driver::{self, Start};
 use crate::messages;
 use crate::records::{Fork, StoredEvent, StoredRun};
+use crate::resume;
 use crate::run_book::{Identity, NotBooked, RunRecord};
-use crate::stores::{Creation, StoresError};
+use crate::stores::{Creation, StoresError, store_failure};
 use prost::Message;
 use pruning::Target;
 use pruning_run::{Effect, Generation, History, Run, RunEvent, RunEventKind, RunId};
@@ -208,7 +209,11 @@ impl Runs {
         };
         let number = match context.stores.create(&creation).await.map_err(store_failure)? {
             Created::New { number } => number,
-            Created::Repeated { id, .. } => return Err(reused(&RunId(id))),
+            // An earlier answer of the store was lost, and the caller was told of a failure.
+            Created::Repeated { id, same_request: true } => {
+                return resume::take_up_one(context, &id).await.map_err(store_failure);
+            }
+            Created::Repeated { id, same_request: false } => return Err(reused(&RunId(id))),
         };
         let request_digest = Sha256::digest(&request).to_vec();
         let identity = Identity { id, number, create_time, request_digest };
@@ -219,11 +224,6 @@ impl Runs {
         context.tasks.spawn(driver::drive(context.clone(), record.clone(), start, requests));
         Ok(record)
     }
-}
-
-pub(super) fn store_failure(error: StoresError) -> Failure {
-    let reason = if error.is_damage() { Reason::DataLoss } else { Reason::StoreFailed };
-    Failure::from_error(reason, &error)
 }
 
 fn checked_request_id(request_id: String, found: &mut Violations) -> Option<String> {

@@ -4,6 +4,7 @@ use crate::context::Context;
 use crate::one_worker::Wanted;
 use crate::run_book::RunRecord;
 use crate::run_filter::{Filter, Order, RunFields};
+use crate::stores::store_failure;
 use crate::{messages, one_worker, watch};
 use pruning::KeepMask;
 use pruning_run::{Event, Generation, RunState};
@@ -62,7 +63,7 @@ impl Runs {
         generation: Generation,
     ) -> Result<KeepMask, Failure> {
         let stored = self.context.stores.keep_mask(&record.id, generation).await;
-        stored.map_err(super::creation::store_failure)?.ok_or_else(|| {
+        stored.map_err(store_failure)?.ok_or_else(|| {
             let message = format!("run `{}` has made no decision {generation}", record.id);
             Failure::new(Reason::DecisionNotFound, message)
         })
@@ -182,7 +183,7 @@ impl Runs {
             );
             return Err(Failure::new(Reason::RunNotReady, message).with_fact("run_id", &fork.id));
         }
-        self.context.stores.delete(&record.id).await.map_err(super::creation::store_failure)?;
+        self.context.stores.delete(&record.id).await.map_err(store_failure)?;
         self.context.book.remove(&record.id);
         Ok(())
     }

@@ -1,9 +1,9 @@
 //! QueryWhatIf and WatchImportance: what decisions were made on.
 
-use super::creation::store_failure;
 use super::run_service::Runs;
 use crate::context::Context;
 use crate::run_book::{RunRecord, ShownDecision};
+use crate::stores::store_failure;
 use checkpoint::export_form;
 use model_spec::{Block, Family, ModelSpec};
 use pruning::{GroupImportance, KeepMask, MovingAverage, WhatIfError, what_if};

@@ -174,7 +174,6 @@ pub(crate) fn config(coordinator: &str, scratch: &Path) -> WorkerConfig {
         roots: RootArgs { roots: vec![scratch.to_owned(), fixtures()] },
         collective_timeout: Duration::from_secs(2),
         register_timeout: Duration::from_secs(5),
-        object_stores: Vec::new(),
         drain: Duration::from_secs(5),
     }
 }
