@@ -51,6 +51,7 @@ pub async fn serve(
             tokio::select! {
                 () = shutdown.cancelled() => {}
                 () = context.fenced.cancelled() => {}
+                () = context.stores.taken_over() => context.fenced.cancel(),
             }
             context.stopping.cancel();
             context.tasks.close();

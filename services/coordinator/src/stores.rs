@@ -11,6 +11,7 @@ use run_store::{
 };
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 use tracing::warn;
 use wire::status::{Failure, Reason};
 
@@ -22,6 +23,8 @@ const MANIFEST_VERSION: u32 = 1;
 const MOST_MANIFEST_BYTES: u64 = 16 << 20;
 const MOST_STATE_BYTES: u64 = 1 << 30;
 const EVENT_PAGE: u32 = 1000;
+/// How often a coordinator that writes nothing looks whether the store is still its own.
+const FENCE_CHECK: Duration = Duration::from_secs(2);
 
 /// Why something was not stored or found.
 #[derive(Debug, thiserror::Error)]
@@ -337,6 +340,16 @@ impl Stores {
             warn!(%run_id, error = %wire::status::chain(&error), "files of a deleted run are left");
         }
         Ok(())
+    }
+
+    /// Waits until another coordinator has opened the store.
+    pub(crate) async fn taken_over(&self) {
+        loop {
+            tokio::time::sleep(FENCE_CHECK).await;
+            if let Err(StoreError::Fenced) = self.runs.check().await {
+                return;
+            }
+        }
     }
 
     pub(crate) async fn check(&self) -> Result<(), StoresError> {

@@ -123,6 +123,14 @@ impl Cluster {
         .await;
     }
 
+    /// Waits until the coordinator ends by itself, and returns its error.
+    pub async fn coordinator_gives_up(&mut self) -> String {
+        let Process { runtime, serving, .. } = self.coordinator.take().expect("a living coordinator");
+        let ended = in_time("the coordinator to end by itself", serving).await.expect("it does not panic");
+        runtime.shutdown_background();
+        ended.expect_err("it should have failed")
+    }
+
     /// Kills the coordinator without a word.
     pub fn kill_coordinator(&mut self) {
         self.coordinator.take().expect("a living coordinator").runtime.shutdown_background();
