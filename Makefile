@@ -83,7 +83,7 @@ s3-server: $(S3_SERVER)/.installed ## lay out the server of S3 for the Rust test
 FAULT_SEEDS ?= 100..300
 
 .PHONY: soak-faults
-soak-faults: setup ## break real processes at the points that FAULT_SEEDS name (docs/testing.md; 200 seeds take half an hour)
+soak-faults: setup s3-server ## break real processes at the points that FAULT_SEEDS name (docs/testing.md; 200 seeds take half an hour)
 	$(BUILD_TESTS)
 	FAULT_SEEDS=$(FAULT_SEEDS) $(CARGO) test --workspace --locked --test fault_suite -- --nocapture
 
