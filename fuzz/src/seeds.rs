@@ -226,6 +226,8 @@ fn words(seeds: &Seeds) -> Outcome {
         ("parent", "model/../../out"),
         ("folder_url", "file:///data/runs"),
         ("bucket_url", "s3://bucket/some/prefix"),
+        ("root_url", "s3://models/runs/one"),
+        ("below_bucket", "runs/one"),
     ] {
         seeds.write("paths", name, path)?;
     }
