@@ -335,7 +335,8 @@ impl Registry {
     }
 
     /// Names claimed workers that renew their leases and do not advance. Of those that wait in a collective the one that
-    /// has begun the fewest is named: it is the one that the others wait for.
+    /// has begun the fewest is named: it is the one that the others wait for. Where all have begun the same one, nothing
+    /// tells them apart, and the message says so.
     fn name_stuck(&self, now: Instant) {
         let mut inner = lock(&self.inner);
         let mut groups: BTreeMap<u64, Vec<String>> = BTreeMap::new();
@@ -362,14 +363,22 @@ impl Registry {
                 }
                 None => None,
             };
-            named.extend(culprit.map(|entry| entry.info.id.clone()));
+            let Some(culprit) = culprit else { continue };
+            let begun = culprit.pace.progress.collectives_entered;
+            let place = if !culprit.pace.is_in_collective() {
+                ""
+            } else if stalled.iter().any(|entry| entry.pace.progress.collectives_entered > begun) {
+                ", in a collective"
+            } else {
+                ", in a collective that all ranks have begun: it may be another's fault, or the network's"
+            };
+            named.push((culprit.info.id.clone(), place));
         }
-        for id in named {
+        for (id, place) in named {
             if let Some(entry) = inner.workers.get_mut(&id) {
                 let seconds = now.saturating_duration_since(entry.pace.advanced).as_secs_f64();
                 warn!(worker_id = id, seconds, "worker does not advance");
                 entry.pace.stuck = true;
-                let place = if entry.pace.is_in_collective() { ", in a collective" } else { "" };
                 entry.tell_lost(&format!("it answers but has made no progress for {seconds:.1} s{place}"));
             }
         }

@@ -110,9 +110,11 @@ impl Session {
     /// How far the device thread is, for the coordinator.
     pub(crate) fn advance(&self) -> pb::WorkerProgress {
         let counts = self.end.shard().counts();
+        // An order that is not even taken up is work that does not advance.
+        let waits = self.orders.capacity() < self.orders.max_capacity();
         pb::WorkerProgress {
             ticks: counts.ticks,
-            working: self.progress.working.load(Ordering::Relaxed),
+            working: waits || self.progress.working.load(Ordering::Relaxed),
             collectives_entered: counts.collectives_entered,
             collectives_left: counts.collectives_left,
         }

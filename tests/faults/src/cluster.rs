@@ -2,7 +2,7 @@
 
 use crate::object_store::ObjectStore;
 use crate::proxy::{Link, Proxy};
-use crate::script::WORKERS;
+use crate::script::{Script, WORKERS};
 use processes_tests::{Finished, Running, Tool, fixture, free_port};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -38,6 +38,7 @@ pub(crate) struct Cluster {
     folder: TempDir,
     /// Where checkpoints and the result go, if not into the folder.
     store: Option<ObjectStore>,
+    default_patience: bool,
     address: String,
     coordinator: Mutex<Process>,
     workers: Vec<Worker>,
@@ -60,7 +61,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Cluster {
     /// # Errors
     /// When a folder, a port or a process is not to be had.
-    pub(crate) async fn start(in_object_store: bool) -> std::io::Result<Arc<Self>> {
+    pub(crate) async fn start(script: &Script) -> std::io::Result<Arc<Self>> {
         let folder = tempfile::tempdir()?;
         let address = format!("127.0.0.1:{}", free_port());
         let mut workers = Vec::new();
@@ -74,10 +75,11 @@ impl Cluster {
                 to_worker: Proxy::start(format!("127.0.0.1:{port}")).await?,
             });
         }
-        let store = if in_object_store { Some(ObjectStore::start().await?) } else { None };
+        let store = if script.in_object_store { Some(ObjectStore::start().await?) } else { None };
         let cluster = Arc::new(Self {
             folder,
             store,
+            default_patience: script.default_patience,
             address,
             coordinator: Mutex::new(Process::Down),
             workers,
@@ -131,9 +133,10 @@ impl Cluster {
             .flag("--listen", &self.address)
             .flag("--root", self.root())
             .flag("--root", fixture("."))
-            .flag("--data-dir", self.root().join("state"))
-            .flag("--lease-seconds", LEASE_SECONDS)
-            .flag("--stall-seconds", STALL_SECONDS);
+            .flag("--data-dir", self.root().join("state"));
+        if !self.default_patience {
+            tool = tool.flag("--lease-seconds", LEASE_SECONDS).flag("--stall-seconds", STALL_SECONDS);
+        }
         if let Some(store) = &self.store {
             tool = tool.flag("--checkpoint-dir", format!("{}/checkpoints", store.url()));
         }

@@ -15,6 +15,8 @@ pub struct Script {
     pub seed: u64,
     /// Checkpoints and the result go to an object store instead of a folder.
     pub(crate) in_object_store: bool,
+    /// The coordinator waits as long as it does by default, not as short as the suite likes it.
+    pub(crate) default_patience: bool,
     pub(crate) faults: Vec<Planned>,
 }
 
@@ -133,6 +135,19 @@ impl Fault {
 }
 
 impl Script {
+    /// Nothing breaks.
+    pub(crate) fn undisturbed() -> Self {
+        Self { seed: 0, in_object_store: false, default_patience: false, faults: Vec::new() }
+    }
+
+    /// The second worker stands still under the coordinator's default limits.
+    #[must_use]
+    pub fn stuck_by_default() -> Self {
+        let fault = Fault::StickWorker { worker: 1, lasts: Duration::from_secs(20) };
+        let planned = Planned { when: When::Step(5), delay: Duration::ZERO, fault };
+        Self { default_patience: true, faults: vec![planned], ..Self::undisturbed() }
+    }
+
     /// The faults of a seed. As many seeds in a row as there are kinds begin with one each.
     #[must_use]
     pub fn of(seed: u64) -> Self {
@@ -158,7 +173,7 @@ impl Script {
             })
             .collect();
         faults.sort_by_key(|planned| planned.when);
-        Self { seed, in_object_store, faults }
+        Self { seed, in_object_store, default_patience: false, faults }
     }
 }
 

@@ -29,7 +29,8 @@ const LOG_LINES: usize = 30;
 #[derive(Debug)]
 pub struct Report {
     measured: Vec<Measured>,
-    pub restarts: u64,
+    /// Why the run began anew, each time that it did.
+    pub restarts: Vec<String>,
     pub events: usize,
     pub took: Duration,
 }
@@ -44,6 +45,12 @@ pub struct Failure {
 }
 
 impl Report {
+    /// How long the first fault went unnoticed.
+    #[must_use]
+    pub fn detected(&self) -> Option<Duration> {
+        self.measured.first().and_then(|measured| measured.detected)
+    }
+
     /// Adds this seed's times.
     pub fn add_to(&self, figures: &mut Figures) {
         figures.extend(self.measured.iter().copied());
@@ -75,7 +82,7 @@ struct Done {
 /// # Errors
 /// When it does not succeed even then.
 pub async fn undisturbed() -> Result<Outcome, Box<Failure>> {
-    let (outcome, _) = perform(&Script { seed: 0, in_object_store: false, faults: Vec::new() }, None).await?;
+    let (outcome, _) = perform(&Script::undisturbed(), None).await?;
     Ok(outcome)
 }
 
@@ -94,7 +101,7 @@ async fn perform(script: &Script, reference: Option<&Outcome>) -> Result<(Outcom
         let events = events.iter().map(shown).collect();
         Box::new(Failure { script: script.clone(), complaints, events, logs })
     };
-    let cluster = match Cluster::start(script.in_object_store).await {
+    let cluster = match Cluster::start(script).await {
         Ok(cluster) => cluster,
         Err(error) => return Err(failure(vec![format!("no cluster: {error}")], &[], String::new())),
     };
@@ -117,8 +124,11 @@ async fn perform(script: &Script, reference: Option<&Outcome>) -> Result<(Outcom
     match judged {
         Some((outcome, done)) if complaints.is_empty() => {
             let measured = measure(&events, &done);
-            let is_restart = |event: &&pb::RunEvent| matches!(event.kind, Some(Kind::Restart(_)));
-            let restarts = events.iter().filter(is_restart).count() as u64;
+            let cause = |event: &pb::RunEvent| match &event.kind {
+                Some(Kind::Restart(restart)) => Some(restart.cause.clone()),
+                _ => None,
+            };
+            let restarts = events.iter().filter_map(cause).collect();
             Ok((outcome, Report { measured, restarts, events: events.len(), took: started.elapsed() }))
         }
         Some(_) | None => Err(failure(complaints, &events, cluster.logs(LOG_LINES))),

@@ -1,6 +1,6 @@
 //! Holds one thread of a process while the others go on, as a hung kernel or driver call would.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The compute thread of a worker bears this name.
 const DEVICE_THREAD: &str = "device";
@@ -17,10 +17,28 @@ fn device_threads(process: u32) -> Vec<i32> {
         .collect()
 }
 
+/// Longest that a thread is waited for to compute.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Waits until a thread computes, and is not in a collective with others: then its rank alone is at fault.
+fn await_computing(process: u32, thread: i32) {
+    let end = Instant::now() + PATIENCE;
+    let computes = || {
+        let status =
+            std::fs::read_to_string(format!("/proc/{process}/task/{thread}/stat")).unwrap_or_default();
+        // The state follows the name, which ends with the last parenthesis.
+        status.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('R'))
+    };
+    while !computes() && Instant::now() < end {
+        std::thread::yield_now();
+    }
+}
+
 /// Holds the compute threads that the process has now, for `lasts`. False when it has none or holding is not allowed here.
 pub(crate) fn hold_device_threads(process: u32, lasts: Duration) -> bool {
     let mut held = Vec::new();
     for thread in device_threads(process) {
+        await_computing(process, thread);
         if hold(thread) {
             held.push(thread);
         }

@@ -4,7 +4,7 @@
 use fault_tests::{Failure, Figures, Script, play, undisturbed};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 const FIXED: std::ops::Range<u64> = 0..26;
 const JOBS: usize = 2;
@@ -52,7 +52,8 @@ fn a_run_ends_as_if_nothing_had_happened_whatever_breaks_on_its_way() {
                             let seconds = report.took.as_secs_f64();
                             println!(
                                 "{script}  {} events, {} restarts, {seconds:.1} s",
-                                report.events, report.restarts
+                                report.events,
+                                report.restarts.len()
                             );
                             report.add_to(&mut figures.lock().unwrap());
                         }
@@ -76,4 +77,19 @@ fn a_run_ends_as_if_nothing_had_happened_whatever_breaks_on_its_way() {
         failures.len(),
         failures.iter().map(ToString::to_string).collect::<String>()
     );
+}
+
+/// What the defaults promise: a rank that answers and gets no further is named within 10 s, and the run goes on.
+#[test]
+fn a_stuck_rank_is_named_within_ten_seconds_by_default() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let reference = runtime.block_on(undisturbed()).unwrap_or_else(|failure| panic!("{failure}"));
+    let played = runtime.block_on(play(&Script::stuck_by_default(), &reference));
+    let report = played.unwrap_or_else(|failure| panic!("{failure}"));
+    let detected = report.detected().unwrap_or_else(|| panic!("it was not noticed: {report:?}"));
+    println!("named after {:.1} s: {:?}", detected.as_secs_f64(), report.restarts);
+    assert!(detected < Duration::from_secs(10), "{detected:?}");
+    // Held in the midst of a collective it looks like the rank that waits for it there.
+    let named = |cause: &String| cause.contains("`w1`") || cause.contains("all ranks have begun");
+    assert!(report.restarts.first().is_some_and(named), "{:?}", report.restarts);
 }
