@@ -1,10 +1,11 @@
 //! What a run's events so far amount to: from it a run goes on after the process that drove it has died.
 
+use crate::packed_mask::PackedMask;
 use crate::{
     CheckpointRef, Decision, Generation, GuardAction, GuardVerdict, RunEvent, RunEventKind, RunState,
 };
+use pruning::KeepMask;
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 /// A fold over the events of a run.
 #[derive(Debug, Clone, Default)]
@@ -13,7 +14,7 @@ pub struct History {
     pub(crate) state: Option<RunState>,
     pub(crate) message: String,
     /// By generation, from 1 on without a gap; one generation has one mask for ever.
-    pub(crate) decisions: Vec<Arc<Decision>>,
+    decisions: Vec<Logged>,
     /// How many of the measurements of a label are done.
     measured: BTreeMap<String, usize>,
     pub(crate) dense_perplexity: Option<f64>,
@@ -28,6 +29,13 @@ pub struct History {
     pub(crate) next_step: u64,
     /// Complete and still there, oldest first.
     pub(crate) checkpoints: Vec<Kept>,
+}
+
+/// A decision, with its mask packed.
+#[derive(Debug, Clone)]
+struct Logged {
+    bare: Decision,
+    keep_mask: PackedMask,
 }
 
 /// A complete checkpoint.
@@ -52,7 +60,10 @@ impl History {
             }
             RunEventKind::Step(report) => self.next_step = report.step + 1,
             RunEventKind::Export(_) => {}
-            RunEventKind::Decision(decision) => self.decisions.push(decision.clone()),
+            RunEventKind::Decision(decision) => self.decisions.push(Logged {
+                keep_mask: PackedMask::of(&decision.keep_mask),
+                bare: Decision { keep_mask: KeepMask { layers: Vec::new() }, ..decision.as_ref().clone() },
+            }),
             RunEventKind::Evaluation(evaluation) => {
                 *self.measured.entry(evaluation.label.clone()).or_default() += 1;
                 if evaluation.label == crate::measuring::DENSE {
@@ -112,9 +123,19 @@ impl History {
         self.checkpoints.last()
     }
 
-    /// The mask that was decided as `generation`, if it was.
-    pub(crate) fn decision(&self, generation: Generation) -> Option<&Arc<Decision>> {
-        self.decisions.iter().find(|decision| decision.generation == generation)
+    fn logged(&self, generation: Generation) -> Option<&Logged> {
+        self.decisions.iter().find(|logged| logged.bare.generation == generation)
+    }
+
+    /// The step after which `generation` was decided, if it was.
+    pub(crate) fn decided_after(&self, generation: Generation) -> Option<u64> {
+        self.logged(generation).map(|logged| logged.bare.step)
+    }
+
+    /// What was decided as `generation`, if it was.
+    pub(crate) fn decision(&self, generation: Generation) -> Option<Decision> {
+        let Logged { bare, keep_mask } = self.logged(generation)?;
+        Some(Decision { keep_mask: keep_mask.unpacked(), ..bare.clone() })
     }
 
     /// Revision of the last event.

@@ -21,6 +21,7 @@ mod ids;
 mod leaving;
 mod log;
 mod measuring;
+mod packed_mask;
 mod run;
 mod saved;
 mod setup;

@@ -116,10 +116,10 @@ impl Transition<'_> {
     }
 
     fn decision_is_due(&self) -> bool {
-        let in_force = self.run.history.decision(self.run.generation);
+        let decided_after = self.run.history.decided_after(self.run.generation);
         let due = |last| {
             self.run.setup.pruning_steps().binary_search(&last).is_ok()
-                && in_force.is_none_or(|decision| decision.step < last)
+                && decided_after.is_none_or(|step| step < last)
         };
         // What was decided before pruning was held is applied again after a fault.
         let may_prune = self.run.history.held_at.is_none_or(|held| self.run.generation < held);
@@ -143,7 +143,7 @@ impl Transition<'_> {
         let dense = setup.dense();
         let share = pruning.ramp.share_at(step, setup.recipe().steps);
         let generation = self.run.generation.next();
-        let logged = self.run.history.decision(generation).cloned();
+        let logged = self.run.history.decision(generation);
         let keep_mask = match &logged {
             Some(logged) => Arc::new(logged.keep_mask.clone()),
             None => match decide(dense, &self.run.keep_mask, average, target, share) {
