@@ -1,6 +1,7 @@
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 /// How far a shard's thread is, for others to see, and the word to give up.
 ///
@@ -11,6 +12,7 @@ pub struct Progress {
     ticks: AtomicU64,
     collectives_entered: AtomicU64,
     collectives_left: AtomicU64,
+    collective_nanos: AtomicU64,
     gives_up: AtomicBool,
     /// What frees a thread that waits in a collective.
     on_give_up: Mutex<Option<Box<dyn Fn() + Send>>>,
@@ -35,10 +37,19 @@ impl Progress {
     /// Counts a collective in, does it and counts it out, also when it fails.
     pub fn collective<T>(&self, wait: impl FnOnce() -> T) -> T {
         self.collectives_entered.fetch_add(1, Ordering::Relaxed);
+        let entered = Instant::now();
         let done = wait();
+        let nanos = u64::try_from(entered.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.collective_nanos.fetch_add(nanos, Ordering::Relaxed);
         self.collectives_left.fetch_add(1, Ordering::Relaxed);
         self.tick();
         done
+    }
+
+    /// Time spent in collectives that have ended, waiting for peers included.
+    #[must_use]
+    pub fn collective_time(&self) -> Duration {
+        Duration::from_nanos(self.collective_nanos.load(Ordering::Relaxed))
     }
 
     #[must_use]

@@ -4,11 +4,13 @@ use crate::audit::AuditSink;
 use crate::guard::{GuardLayer, Rules};
 use crate::incoming::Incoming;
 use crate::listen::Listener;
+use crate::readiness;
 use crate::trace_context::request_span;
 use std::convert::Infallible;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tonic::body::Body;
 use tonic::codegen::{Service, http};
@@ -19,6 +21,22 @@ use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 use tracing::{debug, warn};
 
+/// Has the health of the services follow `ready` for as long as that is told.
+async fn follow(ready: Option<watch::Receiver<bool>>, health: HealthReporter, names: Vec<&'static str>) {
+    let mut ready = ready.unwrap_or_else(|| watch::channel(true).1);
+    loop {
+        let is_ready = *ready.borrow_and_update();
+        readiness::set(is_ready);
+        let status = if is_ready { ServingStatus::Serving } else { ServingStatus::NotServing };
+        for name in &names {
+            health.set_service_status(*name, status).await;
+        }
+        if ready.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
 /// Why a server could not run.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
@@ -28,13 +46,14 @@ pub enum ServeError {
     Transport(#[source] tonic::transport::Error),
 }
 
-/// Collects services, then serves them. The health of each, and of the server as a whole under the empty name, is
-/// SERVING from the start and NOT_SERVING once told to stop.
+/// Collects services, then serves them. The health of the server as a whole, under the empty name, is SERVING from the
+/// start and NOT_SERVING once told to stop; that of its services as well, unless they wait to be ready.
 pub struct GrpcServer {
     routes: RoutesBuilder,
     health: HealthReporter,
     names: Vec<&'static str>,
     sink: Option<Arc<dyn AuditSink>>,
+    ready: Option<watch::Receiver<bool>>,
 }
 
 impl fmt::Debug for GrpcServer {
@@ -60,7 +79,7 @@ impl GrpcServer {
             .add_service(health_service)
             .add_service(configured().build_v1().map_err(ServeError::Reflection)?)
             .add_service(configured().build_v1alpha().map_err(ServeError::Reflection)?);
-        Ok(Self { routes, health, names: vec![""], sink: None })
+        Ok(Self { routes, health, names: Vec::new(), sink: None, ready: None })
     }
 
     /// Adds a service.
@@ -87,6 +106,13 @@ impl GrpcServer {
         self
     }
 
+    /// Its services are SERVING only while `ready` says so, and not from the start; the server as a whole is.
+    #[must_use]
+    pub fn with_readiness(mut self, ready: watch::Receiver<bool>) -> Self {
+        self.ready = Some(ready);
+        self
+    }
+
     /// What sets the health of the services, by their full names.
     #[must_use]
     pub fn health(&self) -> HealthReporter {
@@ -103,17 +129,17 @@ impl GrpcServer {
         stop: CancellationToken,
         grace: Duration,
     ) -> Result<(), ServeError> {
-        let Self { routes, health, names, sink } = self;
-        for name in &names {
-            health.set_service_status(*name, ServingStatus::Serving).await;
-        }
+        let Self { routes, health, names, sink, ready } = self;
+        health.set_service_status("", ServingStatus::Serving).await;
+        let following = follow(ready, health.clone(), names.clone());
         let address = listener.address();
         let draining = CancellationToken::new();
         let told = {
             let (stop, draining) = (stop.clone(), draining.clone());
             async move {
                 stop.cancelled().await;
-                for name in names {
+                readiness::set(false);
+                for name in names.into_iter().chain([""]) {
                     health.set_service_status(name, ServingStatus::NotServing).await;
                 }
                 draining.cancel();
@@ -142,6 +168,10 @@ impl GrpcServer {
         };
         tokio::select! {
             ended = serving => ended.map_err(ServeError::Transport)?,
+            () = async {
+                following.await;
+                std::future::pending::<()>().await;
+            } => {}
             () = overdue => warn!(%address, grace_seconds = grace.as_secs_f64(), "calls still running were cut off"),
         }
         debug!(%address, "server ended");

@@ -2,13 +2,15 @@
 //! audit log.
 
 mod bodies;
+mod call;
 mod subject;
 
 use crate::access::{Method, Policy, Refusal, Subject, method};
-use crate::audit::{Audit, AuditSink};
+use crate::audit::AuditSink;
 use crate::incoming::Peer;
 use crate::limits::LimitArgs;
 use bodies::{Arrival, RequestBody, ResponseBody};
+use call::Call;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
@@ -77,13 +79,11 @@ where
             Err(refusal) => {
                 let Refusal { principal, failure } = *refusal;
                 let status = Status::from(failure);
-                if let Some(mut audit) = Audit::begin(row, principal, address, self.rules.sink.clone()) {
-                    audit.outcome(status.code());
-                }
+                Call::begin(row, principal, address, self.rules.sink.clone()).outcome(status.code());
                 return Box::pin(std::future::ready(Ok(status.into_http())));
             }
         };
-        let audit = Audit::begin(row, principal.clone(), address, self.rules.sink.clone());
+        let call = Call::begin(row, principal.clone(), address, self.rules.sink.clone());
         request.extensions_mut().insert(principal);
         let limits = self.rules.limits;
         let deadline = deadline(request.headers(), &limits);
@@ -92,7 +92,7 @@ where
         let arrival = if row.is_some_and(is_endless) { Arrival::EachFrame } else { Arrival::Whole };
         let request = request.map(|body| Body::new(RequestBody::new(body, arrival, limits.request(), asked)));
         let answer = self.inner.call(request);
-        Box::pin(answered(answer, row, audit, deadline, limits, opening))
+        Box::pin(answered(answer, row, call, deadline, limits, opening))
     }
 }
 
@@ -100,7 +100,7 @@ where
 async fn answered<F, E>(
     answer: F,
     row: Option<&'static Method>,
-    mut audit: Option<Audit>,
+    mut call: Call,
     deadline: Duration,
     limits: LimitArgs,
     opening: Arc<Mutex<Opening>>,
@@ -109,30 +109,23 @@ where
     F: Future<Output = Result<Response<Body>, E>>,
 {
     let answer = tokio::time::timeout(deadline, answer).await;
-    if let Some(audit) = &mut audit
-        && row.is_some_and(|row| row.subject == Subject::Request)
-    {
-        audit.about(opening.lock().unwrap_or_else(PoisonError::into_inner).id(&[1]));
+    if row.is_some_and(|row| row.subject == Subject::Request) {
+        call.about(opening.lock().unwrap_or_else(PoisonError::into_inner).id(&[1]));
     }
     let response = match answer {
         Ok(response) => response?,
         Err(_) => {
-            if let Some(audit) = &mut audit {
-                audit.outcome(Code::DeadlineExceeded);
-            }
+            call.outcome(Code::DeadlineExceeded);
             let message = format!("no answer within {} s", deadline.as_secs_f64());
             return Ok(Status::from(Failure::new(Reason::DeadlineExceeded, message)).into_http());
         }
     };
-    if let (Some(audit), Some(code)) = (&mut audit, code(response.headers())) {
-        audit.outcome(code);
-    }
-    if audit.is_none() && row.is_none_or(|row| !row.streams) {
-        return Ok(response);
+    if let Some(code) = code(response.headers()) {
+        call.outcome(code);
     }
     let idle = row.is_some_and(|row| row.streams).then(|| limits.stream_idle());
     let told = row.is_some_and(|row| row.subject == Subject::Response);
-    Ok(response.map(|body| Body::new(ResponseBody::new(body, idle, audit, told))))
+    Ok(response.map(|body| Body::new(ResponseBody::new(body, idle, call, told))))
 }
 
 /// Reflection's stream of requests ends when its client likes.

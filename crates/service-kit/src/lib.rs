@@ -3,6 +3,8 @@
 
 pub mod access;
 pub mod audit;
+pub mod metrics;
+mod readiness;
 pub mod grpc_server;
 mod guard;
 mod incoming;

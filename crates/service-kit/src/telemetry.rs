@@ -1,10 +1,13 @@
-//! Logs to standard error and traces to an OTLP endpoint.
+//! Logs to standard error; traces and metrics to an OTLP endpoint, and metrics to Prometheus.
 
+use crate::metrics;
 use opentelemetry::trace::TracerProvider;
 use opentelemetry_otlp::WithExportConfig;
 use opentelemetry_sdk::Resource;
+use opentelemetry_sdk::metrics::SdkMeterProvider;
 use opentelemetry_sdk::propagation::TraceContextPropagator;
 use opentelemetry_sdk::trace::{SdkTracer, SdkTracerProvider};
+use std::net::SocketAddr;
 use std::time::Duration;
 use tracing::Subscriber;
 use tracing::level_filters::LevelFilter;
@@ -26,14 +29,17 @@ pub struct LogArgs {
     /// Form of the log lines on standard error
     #[arg(long, env = "ESPALIER_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
-    /// Send traces to this OTLP/gRPC endpoint, such as http://localhost:4317
+    /// Send traces and metrics to this OTLP/gRPC endpoint, such as http://localhost:4317
     #[arg(long, env = "OTEL_EXPORTER_OTLP_ENDPOINT", value_name = "URL")]
     pub otlp_endpoint: Option<String>,
+    /// Serve metrics for Prometheus at http://ADDRESS/metrics; in plain text, to whoever reaches the address
+    #[arg(long, env = "ESPALIER_METRICS_LISTEN", value_name = "ADDRESS")]
+    pub metrics_listen: Option<SocketAddr>,
 }
 
 impl Default for LogArgs {
     fn default() -> Self {
-        Self { log_level: "info".into(), log_format: LogFormat::Text, otlp_endpoint: None }
+        Self { log_level: "info".into(), log_format: LogFormat::Text, otlp_endpoint: None, metrics_listen: None }
     }
 }
 
@@ -59,6 +65,14 @@ pub enum TelemetryError {
         #[source]
         cause: opentelemetry_otlp::ExporterBuildError,
     },
+    #[error("metrics cannot be set up")]
+    Metrics(#[source] opentelemetry_sdk::error::OTelSdkError),
+    #[error("--metrics-listen {address} cannot be used; is another process listening there?")]
+    MetricsListen {
+        address: SocketAddr,
+        #[source]
+        cause: std::io::Error,
+    },
     #[error("logging is already set up in this process")]
     AlreadySet,
 }
@@ -68,6 +82,7 @@ pub enum TelemetryError {
 #[must_use = "traces are sent when this is dropped"]
 pub struct Telemetry {
     provider: SdkTracerProvider,
+    meters: SdkMeterProvider,
 }
 
 impl Drop for Telemetry {
@@ -75,6 +90,9 @@ impl Drop for Telemetry {
         // Nobody is left to hear of a failure but standard error.
         if let Err(error) = self.provider.shutdown_with_timeout(FLUSH_TIMEOUT) {
             eprintln!("the last traces were not sent: {error}");
+        }
+        if let Err(error) = self.meters.shutdown_with_timeout(FLUSH_TIMEOUT) {
+            eprintln!("the last metrics were not sent: {error}");
         }
     }
 }
@@ -104,7 +122,32 @@ where
     subscriber.try_init().map_err(|_| TelemetryError::AlreadySet)?;
     opentelemetry::global::set_text_map_propagator(TraceContextPropagator::new());
     opentelemetry::global::set_tracer_provider(provider.clone());
-    Ok(Telemetry { provider })
+    let meters = meters(service, args)?;
+    opentelemetry::global::set_meter_provider(meters.clone());
+    Ok(Telemetry { provider, meters })
+}
+
+/// Metrics are kept only where somebody asks for them.
+fn meters(service: &'static str, args: &LogArgs) -> Result<SdkMeterProvider, TelemetryError> {
+    let resource = Resource::builder().with_service_name(service).build();
+    let mut builder = SdkMeterProvider::builder().with_resource(resource);
+    if let Some(address) = args.metrics_listen {
+        let registry = prometheus::Registry::new();
+        let reader = opentelemetry_prometheus::exporter().with_registry(registry.clone()).without_scope_info();
+        builder = builder.with_reader(reader.build().map_err(TelemetryError::Metrics)?);
+        metrics::serve(address, registry)
+            .map_err(|cause| TelemetryError::MetricsListen { address, cause })?;
+    }
+    if let Some(endpoint) = args.otlp_endpoint.as_deref().filter(|endpoint| !endpoint.is_empty()) {
+        let exporter = opentelemetry_otlp::MetricExporter::builder()
+            .with_tonic()
+            .with_endpoint(endpoint)
+            .with_timeout(FLUSH_TIMEOUT)
+            .build()
+            .map_err(|cause| TelemetryError::Exporter { endpoint: endpoint.to_owned(), cause })?;
+        builder = builder.with_periodic_exporter(exporter);
+    }
+    Ok(builder.build())
 }
 
 /// Spans get trace ids whether or not they are sent anywhere, so that logs of several processes can be joined.

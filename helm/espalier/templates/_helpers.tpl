@@ -57,8 +57,12 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end -}}
 {{- end -}}
 
+{{- define "espalier.scheme" -}}
+{{ ternary "https" "http" .Values.tls.enabled }}
+{{- end -}}
+
 {{- define "espalier.coordinatorAddress" -}}
-http://{{ include "espalier.fullname" . }}-coordinator.{{ .Release.Namespace }}.svc.{{ .Values.clusterDomain }}:{{ .Values.coordinator.port }}
+{{ include "espalier.scheme" . }}://{{ include "espalier.fullname" . }}-coordinator.{{ .Release.Namespace }}.svc.{{ .Values.clusterDomain }}:{{ .Values.coordinator.port }}
 {{- end -}}
 
 {{/* What coordinator and workers share of a pod's spec. */}}
@@ -115,24 +119,39 @@ capabilities:
   drop: [ALL]
 {{- end -}}
 
-{{/* gRPC health checks by the kubelet itself. Takes (dict "root" $ "port" N). */}}
+{{/* What the kubelet asks: gRPC itself, or where that is encrypted the port of the metrics. Takes
+     (dict "port" N "service" NAME "path" PATH "root" $). */}}
+{{- define "espalier.probe" -}}
+{{- if .root.Values.tls.enabled -}}
+httpGet:
+  port: metrics
+  path: {{ .path }}
+{{- else -}}
+grpc:
+  port: {{ .port }}
+  {{- with .service }}
+  service: {{ . }}
+  {{- end }}
+{{- end -}}
+{{- end -}}
+
+{{/* Takes (dict "root" $ "port" N "service" NAME): the service is what makes the pod ready. */}}
 {{- define "espalier.probes" -}}
 {{- $probes := .root.Values.probes -}}
+{{- $alive := dict "root" .root "port" .port "service" "" "path" "/healthz" -}}
+{{- $ready := dict "root" .root "port" .port "service" .service "path" "/readyz" -}}
 startupProbe:
-  grpc:
-    port: {{ .port }}
+  {{- include "espalier.probe" $alive | nindent 2 }}
   periodSeconds: {{ $probes.periodSeconds }}
   timeoutSeconds: {{ $probes.timeoutSeconds }}
   failureThreshold: {{ $probes.startupFailureThreshold }}
 readinessProbe:
-  grpc:
-    port: {{ .port }}
+  {{- include "espalier.probe" $ready | nindent 2 }}
   periodSeconds: {{ $probes.periodSeconds }}
   timeoutSeconds: {{ $probes.timeoutSeconds }}
   failureThreshold: {{ $probes.failureThreshold }}
 livenessProbe:
-  grpc:
-    port: {{ .port }}
+  {{- include "espalier.probe" $alive | nindent 2 }}
   periodSeconds: {{ $probes.periodSeconds }}
   timeoutSeconds: {{ $probes.timeoutSeconds }}
   failureThreshold: {{ $probes.failureThreshold }}
@@ -149,11 +168,113 @@ livenessProbe:
 {{- end }}
 {{- end -}}
 
+{{/* Environment of the object store. */}}
+{{- define "espalier.objectStoreEnv" -}}
+{{- with .Values.objectStore }}
+{{- if .roots }}
+- name: AWS_REGION
+  value: {{ .region | quote }}
+{{- with .endpoint }}
+- name: AWS_ENDPOINT
+  value: {{ . | quote }}
+- name: AWS_ALLOW_HTTP
+  value: {{ hasPrefix "http://" . | quote }}
+{{- end }}
+{{- if .secret }}
+{{- $secret := .secret }}
+{{- range list "AWS_ACCESS_KEY_ID" "AWS_SECRET_ACCESS_KEY" }}
+- name: {{ . }}
+  valueFrom:
+    secretKeyRef:
+      name: {{ $secret }}
+      key: {{ . }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* Arguments of TLS, tokens and metrics that both kinds of process take. */}}
+{{- define "espalier.securityArgs" -}}
+{{- if .Values.tls.enabled }}
+- --tls-cert
+- /etc/espalier/tls/tls.crt
+- --tls-key
+- /etc/espalier/tls/tls.key
+- --tls-client-ca
+- /etc/espalier/tls/ca.crt
+- --tls-ca
+- /etc/espalier/tls/ca.crt
+{{- else if .Values.insecure }}
+- --insecure
+{{- end }}
+{{- if include "espalier.metricsPort" . }}
+- --metrics-listen
+- 0.0.0.0:{{ include "espalier.metricsPort" . }}
+{{- end }}
+{{- end -}}
+
+{{/* With TLS the probes need the port, whether or not anybody reads the metrics. */}}
+{{- define "espalier.metricsPort" -}}
+{{- if or .Values.telemetry.metrics.enabled .Values.tls.enabled -}}
+{{ .Values.telemetry.metrics.port }}
+{{- end -}}
+{{- end -}}
+
+{{- define "espalier.tlsSecret" -}}
+{{- $given := ternary .root.Values.tls.coordinatorSecret .root.Values.tls.workerSecret (eq .component "coordinator") -}}
+{{- if .root.Values.tls.certManager.enabled -}}
+{{ default (printf "%s-%s-tls" (include "espalier.fullname" .root) .component) $given }}
+{{- else -}}
+{{ required (printf "tls.%sSecret is needed when tls.enabled is true and tls.certManager.enabled is not" .component) $given }}
+{{- end -}}
+{{- end -}}
+
+{{/* Init containers that fill volumes, and the volumes' own kind. */}}
+{{- define "espalier.downloads" -}}
+{{- $root := . -}}
+{{- range $name, $volume := .Values.volumes }}
+{{- with $volume.download }}
+- name: download-{{ $name }}
+  image: {{ .image }}
+  command:
+    {{- toYaml .command | nindent 4 }}
+  env:
+    - name: HOME
+      value: /tmp
+    {{- with .env }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+    {{- with include "espalier.objectStoreEnv" $root | trim }}
+    {{- . | nindent 4 }}
+    {{- end }}
+  resources:
+    requests:
+      cpu: 500m
+      memory: 512Mi
+    limits:
+      cpu: "2"
+      memory: 2Gi
+  securityContext:
+    {{- include "espalier.containerSecurityContext" $root | nindent 4 }}
+  volumeMounts:
+    - name: shared-{{ $name }}
+      mountPath: {{ $volume.mountPath }}
+    - name: tmp
+      mountPath: /tmp
+{{- end }}
+{{- end }}
+{{- end -}}
+
 {{/* --root for each shared folder. */}}
 {{- define "espalier.rootArgs" -}}
 {{- range .Values.volumes }}
 - --root
 - {{ .mountPath }}
+{{- end }}
+{{- range .Values.objectStore.roots }}
+- --root
+- {{ . }}
 {{- end }}
 {{- end -}}
 
@@ -163,21 +284,38 @@ livenessProbe:
   mountPath: {{ $volume.mountPath }}
   readOnly: {{ $volume.readOnly }}
 {{- end }}
+{{- if .Values.tls.enabled }}
+- name: tls
+  mountPath: /etc/espalier/tls
+  readOnly: true
+{{- end }}
 - name: tmp
   mountPath: /tmp
 {{- end -}}
 
+{{/* Takes (dict "root" $ "component" NAME "temporarySize" SIZE). */}}
 {{- define "espalier.sharedVolumes" -}}
-{{- $fullname := include "espalier.fullname" . -}}
-{{- range $name, $volume := .Values.volumes }}
+{{- $fullname := include "espalier.fullname" .root -}}
+{{- range $name, $volume := .root.Values.volumes }}
 - name: shared-{{ $name }}
+  {{- if $volume.download }}
+  emptyDir:
+    sizeLimit: {{ $volume.size }}
+  {{- else }}
   persistentVolumeClaim:
     claimName: {{ default (printf "%s-%s" $fullname $name) $volume.existingClaim }}
     readOnly: {{ $volume.readOnly }}
+  {{- end }}
+{{- end }}
+{{- if .root.Values.tls.enabled }}
+- name: tls
+  secret:
+    secretName: {{ include "espalier.tlsSecret" . }}
+    defaultMode: 0440
 {{- end }}
 - name: tmp
   emptyDir:
-    sizeLimit: 1Gi
+    sizeLimit: {{ .temporarySize }}
 {{- end -}}
 
 {{- define "espalier.dnsEgress" -}}

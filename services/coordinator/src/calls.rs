@@ -2,8 +2,9 @@
 
 use crate::deadlines::Deadlines;
 use crate::messages;
+use crate::metrics;
 use crate::registry::device_kind;
-use pruning_run::{Event, Fault, Generation, Measurement, ShardFile, TaskScore};
+use pruning_run::{Event, Fault, Generation, Measurement, RunId, ShardFile, TaskScore};
 use recipe::Compensation;
 use std::collections::BTreeSet;
 use std::future::Future;
@@ -178,7 +179,7 @@ impl Calls {
         }
     }
 
-    pub(crate) fn train(&mut self, first_step: u64, end_step: u64, generation: Generation) {
+    pub(crate) fn train(&mut self, run_id: &RunId, first_step: u64, end_step: u64, generation: Generation) {
         let silence = self.deadlines.step;
         for (tp_rank, client) in self.clients.iter().cloned().enumerate() {
             let request = pb::TrainRequest {
@@ -187,9 +188,9 @@ impl Calls {
                 end_step,
                 generation: generation.0,
             };
-            let outcomes = self.outcomes.clone();
+            let (outcomes, run_id) = (self.outcomes.clone(), run_id.clone());
             let training = async move {
-                if let Err(fault) = train_on(tp_rank, client, request, silence, &outcomes).await {
+                if let Err(fault) = train_on(&run_id, tp_rank, client, request, silence, &outcomes).await {
                     tell(&outcomes, Event::RankFailed { tp_rank, fault }).await;
                 }
             };
@@ -340,6 +341,7 @@ pub(crate) async fn export_on(
 
 /// One rank's training stream, message by message.
 async fn train_on(
+    run_id: &RunId,
     tp_rank: usize,
     mut client: WorkerClient,
     request: pb::TrainRequest,
@@ -355,6 +357,8 @@ async fn train_on(
         };
         let event = match message.kind {
             Some(Kind::Scores(chunk)) => {
+                let bytes = size_of_val(&*chunk.values_f32) + size_of_val(&*chunk.values_f64);
+                metrics::note_scores(run_id, bytes);
                 let slice = scores::from_pb(chunk)
                     .map_err(|invalid| Fault::Own(format!("its scores cannot be read: {invalid}")))?;
                 Event::Scores {

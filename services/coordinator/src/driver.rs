@@ -3,6 +3,7 @@
 
 use crate::calls::{Calls, LoadPlan};
 use crate::context::Context;
+use crate::metrics;
 use crate::records::StoredEvent;
 use crate::registry::{ClaimNews, GroupClaim, Ticket, Turn};
 use crate::run_book::RunRecord;
@@ -17,7 +18,7 @@ use pruning_run::{
 use run_store::StoreError;
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::mpsc;
 use tracing::{Instrument, Span, debug, info, info_span, warn};
 use tracing_opentelemetry::OpenTelemetrySpanExt;
@@ -160,6 +161,10 @@ struct Driver {
     pending: VecDeque<Event>,
     /// What the decision that is recorded next was made on.
     importance: Option<Arc<MovingAverage>>,
+    /// When the last step's report came.
+    reported: Option<Instant>,
+    /// Ranks that have not applied the mask decided last.
+    masks_awaited: usize,
     stopped: Option<Stopped>,
 }
 
@@ -177,6 +182,8 @@ impl Driver {
             wake: None,
             pending: VecDeque::new(),
             importance: None,
+            reported: None,
+            masks_awaited: 0,
             stopped: None,
         }
     }
@@ -239,9 +246,27 @@ impl Driver {
     /// Lets the machine see an event and does what it asks for.
     async fn advance(&mut self, event: Event) {
         let Some(run) = self.run.take() else { return };
+        self.time_decision(&event);
         let (run, effects) = transition(run, event, SystemTime::now());
+        if effects.iter().any(|effect| matches!(effect, Effect::ApplyMask { .. })) {
+            self.masks_awaited = run.tp_degree();
+        }
         self.run = Some(run);
         self.perform(effects).await;
+    }
+
+    /// Measures from the last report before a decision to the last rank that has its mask.
+    fn time_decision(&mut self, event: &Event) {
+        match event {
+            Event::StepEnded { .. } => self.reported = Some(Instant::now()),
+            Event::MaskApplied { .. } if self.masks_awaited > 0 => {
+                self.masks_awaited -= 1;
+                if let (0, Some(reported)) = (self.masks_awaited, self.reported) {
+                    metrics::note_decision(&self.record.id, reported.elapsed());
+                }
+            }
+            _ => {}
+        }
     }
 
     fn enqueue(&mut self, workers: usize, at_least: usize) {
@@ -392,7 +417,7 @@ impl Driver {
             }
             Effect::Train { first_step, end_step, generation } => {
                 debug!(first_step, end_step, %generation, "training");
-                calls.train(first_step, end_step, generation);
+                calls.train(&record.id, first_step, end_step, generation);
             }
             Effect::ApplyMask { generation, keep_mask } => {
                 info!(%generation, "mask decided");
@@ -530,7 +555,10 @@ impl Driver {
             .await;
         match stored {
             Ok(()) => {
-                events.iter().for_each(|event| self.record.publish(StoredEvent::of(event)));
+                for event in &events {
+                    metrics::note(&self.record.id, event);
+                    self.record.publish(StoredEvent::of(event));
+                }
                 true
             }
             Err(StoresError::Store(StoreError::Fenced)) => {

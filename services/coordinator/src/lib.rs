@@ -15,6 +15,7 @@ mod deadlines;
 mod driver;
 mod exported;
 mod messages;
+mod metrics;
 mod one_worker;
 mod records;
 mod registry;

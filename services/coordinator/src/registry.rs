@@ -259,6 +259,27 @@ impl Registry {
         }
     }
 
+    /// How many runs wait for workers.
+    pub(crate) fn waiting(&self) -> usize {
+        lock(&self.inner).queue.len()
+    }
+
+    /// Each worker's id, how it stands, and how long ago it renewed its lease.
+    pub(crate) fn census(&self) -> Vec<(String, &'static str, Duration)> {
+        let now = Instant::now();
+        let stands = |entry: &Entry| match entry {
+            entry if entry.pace.stuck => "stuck",
+            entry if entry.draining => "draining",
+            entry if entry.claim.is_some() => "busy",
+            _ => "idle",
+        };
+        let age = |entry: &Entry| {
+            self.patience.lease.saturating_sub(entry.expires.saturating_duration_since(now))
+        };
+        let inner = lock(&self.inner);
+        inner.workers.values().map(|entry| (entry.info.id.clone(), stands(entry), age(entry))).collect()
+    }
+
     /// How many workers are registered.
     pub(crate) fn count(&self) -> usize {
         lock(&self.inner).workers.len()

@@ -84,6 +84,7 @@ pub(crate) struct Shown {
     pub(crate) tasks: Vec<TaskResult>,
     pub(crate) export: Option<ExportResult>,
     pub(crate) checkpoint: Option<Checkpoint>,
+    pub(crate) checkpoint_time: Option<SystemTime>,
     pub(crate) restarts: u32,
     /// By tensor-parallel rank.
     pub(crate) worker_ids: Vec<String>,
@@ -196,6 +197,7 @@ impl RunRecord {
             tasks: Vec::new(),
             export: None,
             checkpoint: None,
+            checkpoint_time: None,
             restarts: 0,
             worker_ids: Vec::new(),
         };
@@ -314,7 +316,10 @@ impl Shown {
             RunEventKind::Evaluation(evaluation) => self.evaluations.push(evaluation.clone()),
             RunEventKind::Task(result) => self.tasks.push(result.clone()),
             RunEventKind::Export(result) => self.export = Some(result.clone()),
-            RunEventKind::Checkpoint(checkpoint) => self.checkpoint = Some(checkpoint.clone()),
+            RunEventKind::Checkpoint(checkpoint) => {
+                self.checkpoint = Some(checkpoint.clone());
+                self.checkpoint_time = Some(event.time);
+            }
             RunEventKind::Restart(restart) => {
                 self.restarts = restart.restarts;
                 self.generation = restart.generation;

@@ -1,6 +1,7 @@
 use crate::audit_log::AuditLog;
 use crate::config::CoordinatorConfig;
 use crate::context::Context;
+use crate::metrics;
 use crate::resume;
 use crate::rpc::registry_service::Registration;
 use crate::rpc::run_service::Runs;
@@ -45,6 +46,7 @@ pub async fn serve(
     let stop_serving = CancellationToken::new();
     let leases = tokio::spawn(context.registry.clone().keep_leases(stop_serving.clone()));
     resume::take_up(&context).await?;
+    metrics::show(&context);
     let winding_down = {
         let (context, stop_serving) = (context.clone(), stop_serving.clone());
         async move {

@@ -9,6 +9,7 @@ mod device_thread;
 mod failure;
 mod logits;
 mod memory;
+mod metrics;
 mod parent;
 mod places;
 mod registration;
@@ -28,6 +29,7 @@ use service_kit::{ListenError, RootsError};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 use wire::pb;
@@ -71,6 +73,9 @@ pub async fn run(
     let announced = config.announced(listener.address())?;
     let peers = listener.peers();
     let rpc = WorkerRpc::new(engine, roots, announced.data_host.clone(), config.collective_timeout);
+    metrics::show(&rpc);
+    // Ready for runs once the coordinator knows it.
+    let (ready, is_ready) = watch::channel(config.coordinator.is_none());
     info!(
         worker_id = announced.id,
         address = %listener.address(),
@@ -81,7 +86,7 @@ pub async fn run(
     let service = WorkerServiceServer::new(rpc.clone())
         .max_decoding_message_size(wire::limits::MASK_MESSAGE_BYTES)
         .max_encoding_message_size(wire::limits::MASK_MESSAGE_BYTES);
-    let server = GrpcServer::new(pb::DESCRIPTORS)?.with_service(service);
+    let server = GrpcServer::new(pb::DESCRIPTORS)?.with_service(service).with_readiness(is_ready);
     // Whatever ends first ends the others. Calls are answered until the worker has been drained.
     let stop = stop.child_token();
     let stop_serving = CancellationToken::new();
@@ -95,6 +100,7 @@ pub async fn run(
                     register_timeout: config.register_timeout,
                     drain: config.drain,
                     rpc: &rpc,
+                    ready,
                 }
                 .keep(&stop)
                 .await

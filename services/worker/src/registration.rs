@@ -3,6 +3,7 @@
 use crate::WorkerRpc;
 use backon::{BackoffBuilder, ExponentialBuilder};
 use std::time::Duration;
+use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
@@ -48,6 +49,8 @@ pub(crate) struct Registration<'a> {
     /// How long the run's checkpoint may take at the end.
     pub(crate) drain: Duration,
     pub(crate) rpc: &'a WorkerRpc,
+    /// Told whether the coordinator knows this worker.
+    pub(crate) ready: watch::Sender<bool>,
 }
 
 struct Lease {
@@ -77,14 +80,17 @@ impl Registration<'_> {
                 lease_seconds = registered.duration.as_secs_f64(),
                 "registered"
             );
+            self.ready.send_replace(true);
             let lease_id = registered.id.clone();
             tokio::select! {
                 () = stop.cancelled() => {
+                    self.ready.send_replace(false);
                     self.leave(&mut client, lease_id).await;
                     return Ok(());
                 }
                 () = self.renew_until_lost(&mut client, registered) => {}
             }
+            self.ready.send_replace(false);
             // The coordinator counts a worker without lease as lost, and its session with it.
             self.rpc.drop_session(Failure::new(Reason::Aborted, "the worker's lease was lost")).await;
         }

@@ -103,6 +103,21 @@ impl WorkerRpc {
         self.sessions().current.as_ref().map(|session| session.advance()).unwrap_or_default()
     }
 
+    /// Memory of the current session, as its last step or mask has left it.
+    pub(crate) fn session_memory_bytes(&self) -> Option<u64> {
+        self.sessions().current.as_ref().map(|session| session.memory_bytes()).filter(|bytes| *bytes > 0)
+    }
+
+    /// Time that the current session has spent in collectives.
+    pub(crate) fn collective_time(&self) -> Duration {
+        let sessions = self.sessions();
+        sessions.current.as_ref().map(|session| session.end.shard().collective_time()).unwrap_or_default()
+    }
+
+    pub(crate) fn has_session(&self) -> bool {
+        self.sessions().current.as_ref().is_some_and(|session| !session.end.is_over())
+    }
+
     /// Waits until a thread has not come back from the device in time: only another process can go on then.
     pub async fn hung(&self) {
         self.inner.hung.cancelled().await;

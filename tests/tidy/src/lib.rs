@@ -6,6 +6,7 @@ pub mod api;
 pub mod documents;
 pub mod packages;
 pub mod shell;
+pub mod telemetry;
 
 use std::path::{Path, PathBuf};
 

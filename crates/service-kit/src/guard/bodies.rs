@@ -2,7 +2,7 @@
 
 use super::code;
 use super::subject::Opening;
-use crate::audit::Audit;
+use super::call::Call;
 use http_body::{Frame, SizeHint};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -77,10 +77,11 @@ impl HttpBody for RequestBody {
     }
 }
 
-/// A response whose handler is let go when its reader does not read, and whose end the audit log is told.
+/// A response whose handler is let go when its reader does not read, and whose end the audit log and the metrics are told.
 pub(crate) struct ResponseBody {
     shared: Arc<Shared>,
-    audit: Option<Audit>,
+    /// Absent once it has ended.
+    call: Option<Call>,
     /// Takes the first bytes, if they say which run the call is about.
     opening: Option<Opening>,
 }
@@ -108,20 +109,20 @@ impl Shared {
 
 impl ResponseBody {
     /// `idle`: longest that a frame may stay unread; absent for a body of one message.
-    pub(crate) fn new(body: Body, idle: Option<Duration>, audit: Option<Audit>, told: bool) -> Self {
+    pub(crate) fn new(body: Body, idle: Option<Duration>, call: Call, told: bool) -> Self {
         let shared = Arc::new(Shared { state: Mutex::new(State::Flowing { body, unread_since: None }) });
         if let Some(idle) = idle {
             tokio::spawn(watch(Arc::downgrade(&shared), idle));
         }
-        let opening = (told && audit.is_some()).then(Opening::default);
-        Self { shared, audit, opening }
+        let opening = (told && call.is_audited()).then(Opening::default);
+        Self { shared, call: Some(call), opening }
     }
 
     fn end(&mut self, outcome: Option<Code>) {
-        if let Some(mut audit) = self.audit.take() {
-            audit.about(self.opening.take().and_then(|opening| opening.id(&[1, 1])));
+        if let Some(mut call) = self.call.take() {
+            call.about(self.opening.take().and_then(|opening| opening.id(&[1, 1])));
             if let Some(outcome) = outcome {
-                audit.outcome(outcome);
+                call.outcome(outcome);
             }
         }
     }

@@ -4,3 +4,4 @@ mod api;
 mod documents;
 mod layers;
 mod sources;
+mod telemetry;
