@@ -3,13 +3,13 @@
 
 pub mod access;
 pub mod audit;
-pub mod metrics;
-mod readiness;
 pub mod grpc_server;
 mod guard;
 mod incoming;
 pub mod limits;
 pub mod listen;
+pub mod metrics;
+mod readiness;
 pub mod roots;
 pub mod shutdown;
 pub mod telemetry;

@@ -11,7 +11,8 @@ use std::fmt;
 const SCOPE: &str = "espalier";
 /// Seconds, from a local call to a long step.
 const SECONDS: [f64; 18] = [
-    0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 300.0, 1000.0,
+    0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 300.0,
+    1000.0,
 ];
 
 /// A metric: its name by OpenTelemetry's conventions, and what it says.
@@ -61,7 +62,8 @@ impl Metric {
     /// A histogram of seconds.
     #[must_use]
     pub fn histogram(&self) -> Histogram<f64> {
-        let builder = meter().f64_histogram(self.name).with_unit(self.unit).with_description(self.says);
+        let meter = meter();
+        let builder = meter.f64_histogram(self.name).with_unit(self.unit).with_description(self.says);
         builder.with_boundaries(SECONDS.to_vec()).build()
     }
 
@@ -95,6 +97,7 @@ impl Metric {
         let unit = match self.unit {
             "s" => "_seconds",
             "By" => "_bytes",
+            unit if unit.ends_with("}/s") => "_per_second",
             "1" if self.kind == Kind::Gauge => "_ratio",
             _ => "",
         };

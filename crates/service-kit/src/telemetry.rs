@@ -39,7 +39,12 @@ pub struct LogArgs {
 
 impl Default for LogArgs {
     fn default() -> Self {
-        Self { log_level: "info".into(), log_format: LogFormat::Text, otlp_endpoint: None, metrics_listen: None }
+        Self {
+            log_level: "info".into(),
+            log_format: LogFormat::Text,
+            otlp_endpoint: None,
+            metrics_listen: None,
+        }
     }
 }
 
@@ -133,7 +138,8 @@ fn meters(service: &'static str, args: &LogArgs) -> Result<SdkMeterProvider, Tel
     let mut builder = SdkMeterProvider::builder().with_resource(resource);
     if let Some(address) = args.metrics_listen {
         let registry = prometheus::Registry::new();
-        let reader = opentelemetry_prometheus::exporter().with_registry(registry.clone()).without_scope_info();
+        let reader =
+            opentelemetry_prometheus::exporter().with_registry(registry.clone()).scope_info_enabled(false);
         builder = builder.with_reader(reader.build().map_err(TelemetryError::Metrics)?);
         metrics::serve(address, registry)
             .map_err(|cause| TelemetryError::MetricsListen { address, cause })?;

@@ -113,7 +113,9 @@ pub(crate) fn show(context: &Arc<Context>) {
     observe_runs(context, names::RUN_STEP, move |_, shown| step(shown).map(|step| step.step as f64 + 1.0));
     observe_runs(context, names::RUN_LOSS, move |_, shown| step(shown).map(|step| step.loss));
     observe_runs(context, names::RUN_SPARSITY, move |_, shown| step(shown).map(|step| step.sparsity));
-    observe_runs(context, names::RUN_MEMORY, move |_, shown| step(shown).map(|step| step.memory_bytes as f64));
+    observe_runs(context, names::RUN_MEMORY, move |_, shown| {
+        step(shown).map(|step| step.memory_bytes as f64)
+    });
     observe_runs(context, names::RUN_FLOP_RATE, flop_rate);
     observe_runs(context, names::RUN_CHECKPOINT_AGE, |_, shown| {
         let age = SystemTime::now().duration_since(shown.checkpoint_time?).unwrap_or_default();

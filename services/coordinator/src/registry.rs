@@ -273,9 +273,8 @@ impl Registry {
             entry if entry.claim.is_some() => "busy",
             _ => "idle",
         };
-        let age = |entry: &Entry| {
-            self.patience.lease.saturating_sub(entry.expires.saturating_duration_since(now))
-        };
+        let age =
+            |entry: &Entry| self.patience.lease.saturating_sub(entry.expires.saturating_duration_since(now));
         let inner = lock(&self.inner);
         inner.workers.values().map(|entry| (entry.info.id.clone(), stands(entry), age(entry))).collect()
     }

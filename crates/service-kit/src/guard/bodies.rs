@@ -1,8 +1,8 @@
 //! Bodies under watch: a request that never ends, and a reader that never reads, hold nothing for long.
 
+use super::call::Call;
 use super::code;
 use super::subject::Opening;
-use super::call::Call;
 use http_body::{Frame, SizeHint};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};

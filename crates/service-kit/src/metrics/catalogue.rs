@@ -38,7 +38,7 @@ catalogue! {
         "Query heads, key-value heads and channels that each layer keeps";
     RUN_MEMORY: Gauge "espalier.run.memory" ["By"] ("run_id")
         "Memory of its fullest rank after its last step";
-    RUN_FLOP_RATE: Gauge "espalier.run.flop_rate" ["{flop}/s"] ("run_id")
+    RUN_FLOP_RATE: Gauge "espalier.run.flops" ["{flop}/s"] ("run_id")
         "Floating-point operations a second of its last step, all ranks together, by the planner's count";
     RUN_CHECKPOINT_AGE: Gauge "espalier.run.checkpoint.age" ["s"] ("run_id")
         "Time since its last complete checkpoint";

@@ -19,7 +19,8 @@ pub(crate) fn serve(address: SocketAddr, registry: Registry) -> std::io::Result<
     listener.set_nonblocking(true)?;
     let listener = tokio::net::TcpListener::from_std(listener)?;
     let address = listener.local_addr()?;
-    let router = Router::new().route("/metrics", get(page))
+    let router = Router::new()
+        .route("/metrics", get(page))
         .route("/healthz", get(async || StatusCode::OK))
         .route("/readyz", get(ready))
         .with_state(registry);
