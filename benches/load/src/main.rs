@@ -35,9 +35,12 @@ struct Args {
     /// Workers of the run
     #[arg(long, default_value_t = 8)]
     workers: usize,
-    /// Optimizer steps, with a decision after each but the first or last
+    /// Optimizer steps, nine tenths of which may end with a decision
     #[arg(long, default_value_t = 100)]
     steps: u64,
+    /// Steps between two decisions
+    #[arg(long, default_value_t = 1)]
+    every: u64,
     /// Clients that watch the run
     #[arg(long, default_value_t = 1000)]
     watchers: usize,
@@ -112,8 +115,9 @@ async fn main() -> anyhow::Result<()> {
     };
     println!("| | |\n| --- | ---: |");
     println!("| layers x channels, workers | {} x 22,016, {} |", args.layers, args.workers);
-    println!("| decisions, wall time | {decisions}, {} |", in_words(wall));
-    println!("| decisions a second, each with all scores of its step | {rate:.2} |");
+    println!("| steps, decisions, wall time | {}, {decisions}, {} |", args.steps, in_words(wall));
+    println!("| steps a second, each with all its scores | {:.2} |", args.steps as f64 / wall.as_secs_f64());
+    println!("| decisions a second | {rate:.2} |");
     println!("| bare tonic: the same scores read and dropped, times a second | {:.2} |", bare.rate);
     print_latency("last report to the mask at the last rank", &decided.waits);
     println!("| clients, events of each, lost or doubled | {}, {}, 0 |", watched.clients, watched.events);
@@ -234,7 +238,7 @@ async fn idle_calls(endpoint: &str) -> anyhow::Result<Sorted> {
 /// A run that waits for its workers, and how many masks it will decide.
 async fn create(runs: &mut RunClient, root: &Path, args: &Args) -> anyhow::Result<(String, usize)> {
     let path = |name: &str| root.join(name).to_string_lossy().into_owned();
-    let ramp = pb::Ramp { warmup: Some(0.0), cooldown: Some(0.1), every: Some(1), shape: None };
+    let ramp = pb::Ramp { warmup: Some(0.0), cooldown: Some(0.1), every: Some(args.every), shape: None };
     let pruning = pb::Pruning {
         criterion: Some(pb::Criterion::LorapruneCode.into()),
         budget: Some(pb::pruning::Budget::Sparsity(0.5)),
