@@ -127,6 +127,11 @@ bench-decision: bench-build ## time the coordinator's decision for LLaMA-7B and 
 	@$(BENCH) decision $(BENCH_FLAGS)
 	@$(BENCH_DOCS)
 
+.PHONY: bench-load
+bench-load: setup ## put 65B-shaped scores and 1,000 clients on a coordinator, beside bare tonic (minutes; prints a table)
+	$(CARGO) build --release --locked -p coordinator -p load-bench
+	target/release/load-bench $(BENCH_FLAGS)
+
 .PHONY: bench-docs
 bench-docs: $(INTEROP_VENV)/.installed $(BENCH_PACKAGES)/.installed ## write tables and pictures of docs/benchmarks.md from benches/results
 	@$(BENCH_DOCS)

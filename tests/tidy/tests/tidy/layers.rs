@@ -18,7 +18,15 @@ const LAYERS: [&[&str]; 12] = [
     &["service-kit"],
     &["coordinator", "worker"],
     &["espalier"],
-    &["cluster-tests", "processes-tests", "security-tests", "simulation-tests", "tidy-tests", "benches"],
+    &[
+        "cluster-tests",
+        "processes-tests",
+        "security-tests",
+        "simulation-tests",
+        "tidy-tests",
+        "benches",
+        "load-bench",
+    ],
     &["fault-tests"],
 ];
 
