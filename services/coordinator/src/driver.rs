@@ -257,15 +257,16 @@ impl Driver {
 
     /// Measures from the last report before a decision to the last rank that has its mask.
     fn time_decision(&mut self, event: &Event) {
-        match event {
-            Event::StepEnded { .. } => self.reported = Some(Instant::now()),
-            Event::MaskApplied { .. } if self.masks_awaited > 0 => {
-                self.masks_awaited -= 1;
-                if let (0, Some(reported)) = (self.masks_awaited, self.reported) {
-                    metrics::note_decision(&self.record.id, reported.elapsed());
-                }
+        if let Event::StepEnded { .. } = event {
+            self.reported = Some(Instant::now());
+        }
+        if let Event::MaskApplied { .. } = event
+            && self.masks_awaited > 0
+        {
+            self.masks_awaited -= 1;
+            if let (0, Some(reported)) = (self.masks_awaited, self.reported) {
+                metrics::note_decision(&self.record.id, reported.elapsed());
             }
-            _ => {}
         }
     }
 
