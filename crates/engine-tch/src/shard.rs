@@ -341,6 +341,7 @@ impl Shard {
         criterion: Criterion,
         tile_elements: i64,
     ) -> Result<Vec<ProjectionScores>> {
+        let _span = tracing::info_span!("score pass", step).entered();
         let inputs = ScoreInputs {
             layout: &self.layout,
             factors: &self.factors,

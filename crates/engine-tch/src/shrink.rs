@@ -101,6 +101,7 @@ impl Shard {
 
     /// Brings weights, factors and moments from the placement in force to `next`; returns the groups received.
     fn slice(&mut self, next: Placement) -> Result<u64> {
+        let _span = tracing::info_span!("shrink").entered();
         let rank = self.setup.tp_rank;
         let (mine, then) = (self.placement.ranks[rank].clone(), &next.ranks[rank]);
         let spec = self.source.spec().clone();

@@ -9,7 +9,7 @@ use crate::registry::{ClaimNews, GroupClaim, Ticket, Turn};
 use crate::run_book::RunRecord;
 use crate::stores::{Append, StoresError};
 use backon::{ExponentialBuilder, Retryable};
-use opentelemetry::trace::TraceContextExt;
+use opentelemetry::trace::{Span as _, TraceContextExt, Tracer};
 use pruning::MovingAverage;
 use pruning_run::{
     CheckpointRef, Effect, Event, Restore, Run, RunEvent, RunEventKind, RunId, SavedState, WorkerId,
@@ -20,7 +20,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::mpsc;
-use tracing::{Instrument, Span, debug, info, info_span, warn};
+use tracing::{Instrument, Span, debug, field, info, info_span, warn};
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 use wire::convert::{data, mask, recipe, run};
 use wire::pb;
@@ -132,14 +132,25 @@ async fn reloaded(context: &Arc<Context>, record: &Arc<RunRecord>) -> Option<(Ru
 
 /// The span of a run: the caller's trace goes on, but its span need not stay open as long as the run.
 fn run_span(run_id: &RunId) -> Span {
-    let span = info_span!(parent: None, "run", %run_id);
+    let span = info_span!(parent: None, "run", %run_id, trace_id = field::Empty);
     let caller = Span::current().context();
     if caller.span().span_context().is_valid()
         && let Err(error) = span.set_parent(caller)
     {
         debug!(%error, "the run starts a trace of its own");
     }
+    let trace = span.context().span().span_context().clone();
+    if trace.is_valid() {
+        span.record("trace_id", field::display(trace.trace_id()));
+    }
     span
+}
+
+/// Only afterwards is it known that there was a decision.
+fn span_of_decision(began: SystemTime) {
+    let tracer = opentelemetry::global::tracer("espalier");
+    let span = tracer.span_builder("decision").with_start_time(began);
+    span.start_with_context(&tracer, &Span::current().context()).end();
 }
 
 struct Driver {
@@ -247,7 +258,11 @@ impl Driver {
     async fn advance(&mut self, event: Event) {
         let Some(run) = self.run.take() else { return };
         self.time_decision(&event);
-        let (run, effects) = transition(run, event, SystemTime::now());
+        let began = SystemTime::now();
+        let (run, effects) = transition(run, event, began);
+        if effects.iter().any(|effect| matches!(effect, Effect::KeepImportance { .. })) {
+            span_of_decision(began);
+        }
         if effects.iter().any(|effect| matches!(effect, Effect::ApplyMask { .. })) {
             self.masks_awaited = run.tp_degree();
         }

@@ -82,12 +82,10 @@ pub(crate) fn note_decision(run_id: &RunId, took: Duration) {
 /// Shows how things stand to whoever looks, as long as `context` lives.
 pub(crate) fn show(context: &Arc<Context>) {
     observe(context, names::RUNS, |context, observer| {
-        let mut counts: BTreeMap<&'static str, u32> = BTreeMap::new();
-        for run in context.book.all() {
-            *counts.entry(state_name(run.state())).or_default() += 1;
-        }
-        for (state, count) in counts {
-            observer.observe(f64::from(count), &[KeyValue::new("state", state)]);
+        let runs: Vec<RunState> = context.book.all().iter().map(|run| run.state()).collect();
+        for (state, name) in STATES {
+            let count = runs.iter().filter(|other| **other == state).count();
+            observer.observe(count as f64, &[KeyValue::new("state", name)]);
         }
     });
     observe(context, names::QUEUE, |context, observer| {
@@ -189,18 +187,17 @@ fn flop_rate(run: &RunRecord, shown: &Shown) -> Option<f64> {
     (seconds > 0.0).then(|| of_a_rank * f64::from(estimate.tp_degree) / seconds)
 }
 
-fn state_name(state: RunState) -> &'static str {
-    match state {
-        RunState::Queued => "queued",
-        RunState::Starting => "starting",
-        RunState::Running => "running",
-        RunState::Pausing => "pausing",
-        RunState::Paused => "paused",
-        RunState::Recovering => "recovering",
-        RunState::Exporting => "exporting",
-        RunState::Cancelling => "cancelling",
-        RunState::Succeeded => "succeeded",
-        RunState::Failed => "failed",
-        RunState::Cancelled => "cancelled",
-    }
-}
+/// Each state with its name.
+const STATES: [(RunState, &str); 11] = [
+    (RunState::Queued, "queued"),
+    (RunState::Starting, "starting"),
+    (RunState::Running, "running"),
+    (RunState::Pausing, "pausing"),
+    (RunState::Paused, "paused"),
+    (RunState::Recovering, "recovering"),
+    (RunState::Exporting, "exporting"),
+    (RunState::Cancelling, "cancelling"),
+    (RunState::Succeeded, "succeeded"),
+    (RunState::Failed, "failed"),
+    (RunState::Cancelled, "cancelled"),
+];

@@ -18,7 +18,7 @@ use std::time::Instant;
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot};
 use tonic::Status;
-use tracing::{Span, debug, info, warn};
+use tracing::{Span, debug, info, info_span, warn};
 use wire::convert::scores::{ScorePlace, ScoreWidth, chunks};
 use wire::convert::{mask, time};
 use wire::pb;
@@ -413,6 +413,7 @@ impl<'a> Shard<'a> {
 
     /// One optimizer step; returns its scores in chunks and then its report.
     fn step(&mut self, step: u64) -> Result<Vec<pb::TrainResponse>, Fault> {
+        let _span = info_span!("step", step).entered();
         let started = Instant::now();
         let Some(micro_batches) = self.data.micro_batches(step) else {
             return Err(data::none_loaded("training data", "training_data").into());
@@ -489,7 +490,10 @@ impl<'a> Shard<'a> {
         let compensation = recipe.pruning.as_ref().and_then(|pruning| pruning.compensation.least_squares());
         let calibration =
             compensation.map(|choice| self.data.calibration(choice.windows, recipe.seed)).unwrap_or_default();
-        let applied = match self.engine.apply_mask(generation, &keep_mask, &calibration) {
+        let applying = info_span!("apply mask", generation).entered();
+        let applied = self.engine.apply_mask(generation, &keep_mask, &calibration);
+        drop(applying);
+        let applied = match applied {
             Ok(applied) => applied,
             // Refused before anything changed: the session goes on. Else the shard may be half sliced.
             Err(error @ EngineError::Refused(_)) => return Err(error.into()),

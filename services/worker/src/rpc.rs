@@ -18,7 +18,7 @@ use std::time::Duration;
 use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
-use tracing::{Instrument, Span, error, info, warn};
+use tracing::{Instrument, Span, error, info, info_span, warn};
 use wire::convert::{data, mask, recipe, run};
 use wire::pb::checkpoint_response::Kind;
 use wire::pb::worker_service_server::WorkerService;
@@ -671,7 +671,8 @@ impl WorkerService for WorkerRpc {
         let _ = sink.try_send(Ok(response(taken)));
         let writing = async move {
             let _permit = permit;
-            let written = written(folder, file, snapshot).await;
+            let span = info_span!("checkpoint", file);
+            let written = written(folder, file, snapshot).instrument(span).await;
             if let Err(failure) = &written {
                 warn!(error = %failure, "checkpoint not written");
             }

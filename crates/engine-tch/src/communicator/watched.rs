@@ -32,6 +32,7 @@ impl Communicator for Watched {
             return self.inner.all_reduce(values, op);
         }
         let inner = &mut self.inner;
+        let _span = tracing::info_span!("collective").entered();
         self.progress.collective(|| inner.all_reduce(values, op))
     }
 }
