@@ -76,6 +76,72 @@ ACCEPTED = {
         "podDisruptionBudget": {"maxUnavailable": "50%"},
         "serviceAccount": {"annotations": {"example.com/owner": "ml"}},
     },
+    "everything at once": {
+        "insecure": False,
+        "tls": {"enabled": True, "certManager": {"enabled": True, "issuerName": "ca", "issuerKind": "ClusterIssuer"}},
+        "tokensSecret": "espalier-tokens",
+        "postgres": {"secret": "pg"},
+        "objectStore": {"roots": ["s3://runs/team"], "secret": "s3", "endpoint": "https://minio.example.com"},
+        "coordinator": {
+            "checkpointDir": "s3://runs/team/checkpoints",
+            "persistence": {"enabled": False},
+            "ingress": {
+                "enabled": True,
+                "className": "nginx",
+                "host": "espalier.example.com",
+                "tlsSecret": "espalier-example-com",
+                "annotations": {"nginx.ingress.kubernetes.io/backend-protocol": "GRPCS"},
+            },
+        },
+        "workerPools": {
+            "cpu": {},
+            "gpu": {**GPU_POOL, "rdmaResource": "rdma/hca", "nccl": {"NCCL_IB_HCA": "mlx5"}, "temporarySize": "200Gi"},
+            "gang": {**GPU_POOL, "gang": {"type": "volcano", "queue": "team"}},
+        },
+        "telemetry": {
+            "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
+            "prometheusRule": {"enabled": True, "labels": {"release": "prometheus"}},
+            "dashboards": {"enabled": True},
+        },
+    },
+    "certificates from given secrets": {
+        "insecure": False,
+        "tls": {"enabled": True, "coordinatorSecret": "coordinator-tls", "workerSecret": "worker-tls"},
+        "telemetry": {"metrics": {"enabled": False, "port": 9500}},
+    },
+    "GPUs in groups that live and die together": {
+        "workerPools": {"cpu": None, "gpu": {**GPU_POOL, "gang": {"type": "leaderWorkerSet", "groups": 2}}},
+    },
+    "GPUs queued by Kueue": {
+        "workerPools": {"cpu": None, "gpu": {**GPU_POOL, "gang": {"type": "kueue", "queue": "team"}}},
+    },
+    "models fetched by each pod": {
+        "volumes": {
+            "models": {
+                "download": {
+                    "image": "amazon/aws-cli:2.31.0",
+                    "command": ["aws", "s3", "sync", "s3://models/llama-13b", "/models/llama-13b"],
+                    "env": [{"name": "AWS_REGION", "value": "eu-west-1"}],
+                }
+            }
+        }
+    },
+    "an Ingress without TLS of its own": {
+        "coordinator": {"ingress": {"enabled": True, "host": "espalier.example.com"}},
+    },
+    "an object store by the pods' own rights": {
+        "objectStore": {"roots": ["s3://runs"]},
+        "serviceAccount": {"annotations": {"eks.amazonaws.com/role-arn": "arn:aws:iam::1:role/espalier"}},
+    },
+    "no metrics": {"telemetry": {"metrics": {"enabled": False}}},
+    "one pool for each model size": {
+        "workerPools": {
+            "cpu": None,
+            "l7b": {**GPU_POOL, "replicas": 1},
+            "l13b": {**GPU_POOL, "replicas": 4},
+            "l65b": {**GPU_POOL, "replicas": 8},
+        }
+    },
     "another user, slow nodes": {
         "securityContext": {"runAsUser": 10001, "runAsGroup": 10001, "fsGroup": 10001},
         "probes": {"periodSeconds": 30, "timeoutSeconds": 10, "failureThreshold": 5, "startupFailureThreshold": 60},
@@ -102,5 +168,16 @@ REFUSED = {
     "a digest that is none": ({"image": {"worker": {"digest": "sha256:abc"}}}, "image.worker.digest"),
     "yes for true": ({"networkPolicy": {"enabled": "yes"}}, "networkPolicy.enabled"),
     "a given service account without a name": ({"serviceAccount": {"create": False}}, "serviceAccount.name"),
+    "a scheduler of gangs that is not known": ({"workerDefaults": {"gang": {"type": "slurm"}}}, "workerDefaults.gang.type"),
+    "an Ingress without a host": ({"coordinator": {"ingress": {"enabled": True}}}, "coordinator.ingress"),
+    "TLS without certificates": ({"tls": {"enabled": True}, "insecure": False}, "tls.workerSecret"),
+    "cert-manager without an issuer": (
+        {"tls": {"enabled": True, "certManager": {"enabled": True}}, "insecure": False},
+        "tls.certManager.issuerName",
+    ),
+    "an object store that is no S3": ({"objectStore": {"roots": ["gs://runs"]}}, "objectStore.roots"),
+    "a variable that is not NCCL's": ({"workerDefaults": {"nccl": {"PATH": "/"}}}, "workerDefaults.nccl"),
+    "a download without a command": ({"volumes": {"models": {"download": {"image": "x"}}}}, "volumes.models"),
+    "a lifetime that is no duration": ({"tls": {"certManager": {"duration": "90 days"}}}, "tls.certManager.duration"),
     "resources of no such kind": ({"coordinator": {"resources": {"limit": {"cpu": "1"}}}}, "coordinator.resources"),
 }

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from chart_values import ACCEPTED, REFUSED
 from conftest import CHART, helm_template, run, tool
+from helm_python import Chart
 
 OLDEST, NEWEST = "1.30", kubernetes_validate.latest_version()
 
@@ -19,13 +20,24 @@ def of_kind(objects, kind):
     return [each for each in objects if each["kind"] == kind]
 
 
+def template(owner):
+    """What an owner of pods makes them from."""
+    if owner["kind"] == "LeaderWorkerSet":
+        return owner["spec"]["leaderWorkerTemplate"]["workerTemplate"]
+    return owner["spec"]["template"]
+
+
+def owners(objects):
+    return of_kind(objects, "StatefulSet") + of_kind(objects, "LeaderWorkerSet")
+
+
 def pods(objects):
     """Name and pod spec of everything that starts pods."""
-    return [(each["metadata"]["name"], each["spec"]["template"]["spec"]) for each in of_kind(objects, "StatefulSet")]
+    return [(each["metadata"]["name"], template(each)["spec"]) for each in owners(objects)]
 
 
 def worker_sets(objects):
-    return [each for each in of_kind(objects, "StatefulSet") if "espalier/pool" in each["metadata"]["labels"]]
+    return [each for each in owners(objects) if "espalier/pool" in each["metadata"]["labels"]]
 
 
 def the_container(pod):
@@ -49,10 +61,27 @@ def test_helm_lint_finds_nothing():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def validate(objects, version):
+    """Against Kubernetes' own schemas; of others' kinds, the pods that they make."""
+    for each in objects:
+        if "." not in each["apiVersion"] or each["apiVersion"].split("/")[0].endswith(".k8s.io"):
+            if each["kind"] != "LeaderWorkerSet":
+                kubernetes_validate.validate(each, version, strict=True)
+    for owner in of_kind(objects, "LeaderWorkerSet"):
+        made = template(owner)
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x", **made["metadata"]}, "spec": made["spec"]}
+        kubernetes_validate.validate(pod, version, strict=True)
+
+
 @pytest.mark.parametrize("version", [OLDEST, NEWEST])
 def test_every_object_fits_the_schemas_of_kubernetes(objects, version):
-    for each in objects:
-        kubernetes_validate.validate(each, version, strict=True)
+    validate(objects, version)
+
+
+@pytest.mark.parametrize("version", [f"1.{minor}" for minor in range(30, 38)])
+def test_everything_at_once_fits_every_version(render, version):
+    for case in ("everything at once", "GPUs in groups that live and die together"):
+        validate(render(ACCEPTED[case], "--kube-version", f"{version}.0"), version)
 
 
 def test_names_are_unique_and_fit_a_label_of_dns(objects):
@@ -78,7 +107,10 @@ def test_pods_meet_the_restricted_security_standard(objects):
             "capabilities": {"drop": ["ALL"]},
         }, name
         for volume in pod["volumes"]:
-            assert set(volume) - {"name"} <= {"emptyDir", "persistentVolumeClaim"}, volume
+            assert set(volume) - {"name"} <= {"emptyDir", "persistentVolumeClaim", "secret"}, volume
+        for init in pod.get("initContainers", []):
+            assert init["securityContext"] == container["securityContext"], name
+            assert {"cpu", "memory"} <= set(init["resources"]["limits"]), name
 
 
 def test_pods_get_no_token_for_the_kubernetes_api(objects):
@@ -96,8 +128,22 @@ def test_every_container_has_limits_and_is_probed_by_grpc_on_the_port_it_listens
             assert {"cpu", "memory"} <= set(container["resources"][kind]), name
         (port,) = [each["containerPort"] for each in container["ports"] if each["name"] == "grpc"]
         assert option(container, "--listen") == [f"0.0.0.0:{port}"], name
-        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-            assert container[probe]["grpc"] == {"port": port}, (name, probe)
+        service = "espalier.v1.WorkerService" if container["name"] == "worker" else "espalier.v1.RunService"
+        expected = {
+            "startupProbe": {"grpc": {"port": port}},
+            "livenessProbe": {"grpc": {"port": port}},
+            # Ready for work, not only alive.
+            "readinessProbe": {"grpc": {"port": port, "service": service}},
+        }
+        if option(container, "--tls-cert"):
+            # The kubelet speaks no gRPC over TLS.
+            alive = {"httpGet": {"port": "metrics", "path": "/healthz"}}
+            ready = {"httpGet": {"port": "metrics", "path": "/readyz"}}
+            expected = {"startupProbe": alive, "livenessProbe": alive, "readinessProbe": ready}
+            (metrics,) = [each["containerPort"] for each in container["ports"] if each["name"] == "metrics"]
+            assert option(container, "--metrics-listen") == [f"0.0.0.0:{metrics}"], name
+        for probe, asks in expected.items():
+            assert asks.items() <= container[probe].items(), (name, probe)
 
 
 def test_mounts_and_volumes_match_and_each_shared_folder_is_a_root(objects):
@@ -105,7 +151,7 @@ def test_mounts_and_volumes_match_and_each_shared_folder_is_a_root(objects):
         container = the_container(pod)
         claimed = [
             each["metadata"]["name"]
-            for owner in of_kind(objects, "StatefulSet")
+            for owner in owners(objects)
             if owner["metadata"]["name"] == name
             for each in owner["spec"].get("volumeClaimTemplates", [])
         ]
@@ -114,7 +160,7 @@ def test_mounts_and_volumes_match_and_each_shared_folder_is_a_root(objects):
         assert sorted(volumes) == sorted(mounts), name
         shared = [each["mountPath"] for each in container["volumeMounts"] if each["name"].startswith("shared-")]
         shared = [path for path in shared if path != "/dev/shm"]
-        assert option(container, "--root") == shared, name
+        assert [root for root in option(container, "--root") if not root.startswith("s3://")] == shared, name
         # The root file system cannot be written, so the temporary folder must be a volume.
         assert "/tmp" in [each["mountPath"] for each in container["volumeMounts"]], name
 
@@ -130,8 +176,8 @@ def test_claims_that_pods_use_are_made_or_given(objects):
 
 
 def test_services_and_policies_select_the_pods_that_they_are_named_after(objects):
-    sets = of_kind(objects, "StatefulSet")
-    labels = {each["metadata"]["name"]: each["spec"]["template"]["metadata"]["labels"] for each in sets}
+    sets = owners(objects)
+    labels = {each["metadata"]["name"]: template(each)["metadata"]["labels"] for each in sets}
     selectors = {
         "Service": lambda spec: spec["selector"],
         "NetworkPolicy": lambda spec: spec["podSelector"]["matchLabels"],
@@ -143,7 +189,7 @@ def test_services_and_policies_select_the_pods_that_they_are_named_after(objects
             selected = [name for name, found in labels.items() if selector <= found.items()]
             assert selected == [each["metadata"]["name"]], (kind, each["metadata"]["name"])
     services = {each["metadata"]["name"] for each in of_kind(objects, "Service")}
-    for each in sets:
+    for each in of_kind(objects, "StatefulSet"):
         assert each["spec"]["serviceName"] in services
         assert each["spec"]["selector"]["matchLabels"].items() <= labels[each["metadata"]["name"]].items()
 
@@ -151,20 +197,22 @@ def test_services_and_policies_select_the_pods_that_they_are_named_after(objects
 def test_workers_call_the_coordinator_and_advertise_a_name_that_their_headless_service_gives(objects):
     services = {each["metadata"]["name"]: each["spec"] for each in of_kind(objects, "Service")}
     for workers in worker_sets(objects):
-        container = the_container(workers["spec"]["template"]["spec"])
-        service = workers["spec"]["serviceName"]
+        container = the_container(template(workers)["spec"])
+        # A LeaderWorkerSet names its pods' subdomain after itself.
+        service = workers["spec"].get("serviceName", workers["metadata"]["name"])
+        scheme = "https" if option(container, "--tls-cert") else "http"
         assert services[service]["clusterIP"] == "None"
         assert services[service]["publishNotReadyAddresses"] is True
 
         (coordinator,) = option(container, "--coordinator")
-        host, port = coordinator.removeprefix("http://").rsplit(":", 1)
+        host, port = coordinator.removeprefix(f"{scheme}://").rsplit(":", 1)
         name, namespace = host.split(".")[:2]
         assert namespace == "pruning"
         assert int(port) == services[name]["ports"][0]["port"]
 
         (advertised,) = option(container, "--advertise")
         port = services[service]["ports"][0]["port"]
-        assert advertised.startswith(f"http://$(POD_NAME).{service}.pruning.svc.")
+        assert advertised.startswith(f"{scheme}://$(POD_NAME).{service}.pruning.svc.")
         assert advertised.endswith(f":{port}")
         assert container["env"][0] == {"name": "POD_NAME", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}
 
@@ -212,9 +260,14 @@ def test_only_the_named_reach_each_port(render):
     for spec in policies.values():
         assert sorted(spec["policyTypes"]) == ["Egress", "Ingress"]
         assert all("from" in rule and rule["from"] for rule in spec["ingress"])
+        for rule in spec["ingress"]:
+            # Whoever watches reads metrics, and reaches nothing else.
+            if rule["from"] == [{"namespaceSelector": {}}]:
+                assert [port["port"] for port in rule["ports"]] == ["metrics"]
         assert all("to" in rule and rule["to"] for rule in spec["egress"])
     to_worker = policies["trial-espalier-worker-cpu"]["ingress"]
-    components = [rule["from"][0]["podSelector"]["matchLabels"]["app.kubernetes.io/component"] for rule in to_worker]
+    from_pods = [rule["from"][0]["podSelector"]["matchLabels"] for rule in to_worker if "podSelector" in rule["from"][0]]
+    components = [labels["app.kubernetes.io/component"] for labels in from_pods]
     assert components == ["coordinator", "worker"]
 
 
@@ -222,6 +275,106 @@ def test_plain_text_is_asked_for_only_where_values_say_so(render):
     for insecure in (True, False):
         for _, pod in pods(render({"insecure": insecure})):
             assert ("--insecure" in the_container(pod)["args"]) is insecure
+
+
+def test_with_tls_nothing_is_plain_and_both_certificates_name_their_pods(render):
+    rendered = render(ACCEPTED["everything at once"])
+    certificates = {each["metadata"]["name"]: each["spec"] for each in of_kind(rendered, "Certificate")}
+    assert sorted(certificates) == ["trial-espalier-coordinator", "trial-espalier-worker"]
+    assert "espalier-coordinator" in certificates["trial-espalier-coordinator"]["dnsNames"]
+    assert "espalier-worker" in certificates["trial-espalier-worker"]["dnsNames"]
+    assert "espalier-worker" not in certificates["trial-espalier-coordinator"]["dnsNames"]
+    for workers in worker_sets(rendered):
+        (advertised,) = option(the_container(template(workers)["spec"]), "--advertise")
+        host = advertised.removeprefix("https://$(POD_NAME).").rsplit(":", 1)[0]
+        assert f"*.{host}" in certificates["trial-espalier-worker"]["dnsNames"]
+    for name, pod in pods(rendered):
+        container = the_container(pod)
+        assert "--insecure" not in container["args"], name
+        for flag in ("--tls-cert", "--tls-key", "--tls-client-ca", "--tls-ca"):
+            (path,) = option(container, flag)
+            assert path.startswith("/etc/espalier/tls/"), name
+        (volume,) = [each for each in pod["volumes"] if each["name"] == "tls"]
+        component = "worker" if container["name"] == "worker" else "coordinator"
+        assert volume["secret"]["secretName"] == certificates[f"trial-espalier-{component}"]["secretName"]
+
+
+def test_secrets_reach_the_processes_as_files_or_variables_and_are_never_in_the_chart(render):
+    (coordinator,) = [
+        template(each)["spec"]
+        for each in owners(render(ACCEPTED["everything at once"]))
+        if each["metadata"]["name"].endswith("-coordinator")
+    ]
+    container = the_container(coordinator)
+    assert option(container, "--tokens") == ["/etc/espalier/tokens/tokens"]
+    variables = {each["name"]: each for each in container["env"]}
+    assert variables["ESPALIER_STORE"]["valueFrom"] == {"secretKeyRef": {"name": "pg", "key": "url"}}
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        assert variables[name]["valueFrom"] == {"secretKeyRef": {"name": "s3", "key": name}}
+    assert option(container, "--checkpoint-dir") == ["s3://runs/team/checkpoints"]
+    assert not of_kind(render(ACCEPTED["everything at once"]), "Secret")
+
+
+def test_gangs_are_asked_for_as_each_scheduler_has_it(render):
+    def pool(kind):
+        objects = render({"workerPools": {"cpu": {"replicas": 4, "gang": {"type": kind, "queue": "team"}}}})
+        (workers,) = worker_sets(objects)
+        return objects, workers
+
+    objects, workers = pool("kueue")
+    assert workers["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team"
+    objects, workers = pool("volcano")
+    (group,) = of_kind(objects, "PodGroup")
+    assert group["spec"] == {"minMember": 4, "queue": "team"}
+    assert template(workers)["metadata"]["annotations"]["scheduling.k8s.io/group-name"] == group["metadata"]["name"]
+    assert template(workers)["spec"]["schedulerName"] == "volcano"
+    objects, workers = pool("leaderWorkerSet")
+    assert workers["kind"] == "LeaderWorkerSet" and workers["spec"]["leaderWorkerTemplate"]["size"] == 4
+    objects, workers = pool("")
+    assert workers["kind"] == "StatefulSet" and "schedulerName" not in template(workers)["spec"]
+
+
+def test_a_worker_has_time_for_its_checkpoint(objects):
+    for workers in worker_sets(objects):
+        pod = template(workers)["spec"]
+        (drain,) = option(the_container(pod), "--drain-seconds")
+        assert int(drain) < pod["terminationGracePeriodSeconds"]
+
+
+def test_monitors_and_dashboards_are_made_where_asked_for(render):
+    rendered = render(ACCEPTED["everything at once"])
+    (monitor,) = of_kind(rendered, "ServiceMonitor")
+    selector = monitor["spec"]["selector"]["matchLabels"]
+    for service in of_kind(rendered, "Service"):
+        assert selector.items() <= service["metadata"]["labels"].items()
+        assert "metrics" in [port["name"] for port in service["spec"]["ports"]]
+    (rule,) = of_kind(rendered, "PrometheusRule")
+    assert rule["spec"] == yaml.safe_load((CHART / "alerts" / "espalier.yaml").read_text())
+    boards = of_kind(rendered, "ConfigMap")
+    assert len(boards) == len(list((CHART / "dashboards").glob("*.json"))) == 2
+    for board in boards:
+        ((name, text),) = board["data"].items()
+        assert json.loads(text) == json.loads((CHART / "dashboards" / name).read_text())
+        assert board["metadata"]["labels"]["grafana_dashboard"] == "1"
+
+
+def test_the_hook_of_helm_test_asks_the_coordinator_for_its_workers(objects):
+    (hook,) = of_kind(objects, "Pod")
+    assert hook["metadata"]["annotations"]["helm.sh/hook"] == "test"
+    container = the_container(hook["spec"])
+    assert container["command"] == ["/usr/local/bin/espalier"] and container["args"][0] == "workers"
+    (service,) = [each for each in of_kind(objects, "Service") if each["metadata"]["name"].endswith("-coordinator")]
+    assert service["metadata"]["name"] in option(container, "--coordinator")[0]
+
+
+def test_a_volume_with_a_download_is_filled_before_the_process_starts(render):
+    rendered = render(ACCEPTED["models fetched by each pod"])
+    assert not [each for each in of_kind(rendered, "PersistentVolumeClaim") if each["metadata"]["name"].endswith("-models")]
+    for name, pod in pods(rendered):
+        (init,) = pod["initContainers"]
+        (volume,) = [each for each in pod["volumes"] if each["name"] == "shared-models"]
+        assert volume["emptyDir"] == {"sizeLimit": "50Gi"}, name
+        assert {"name": "shared-models", "mountPath": "/models"} in init["volumeMounts"], name
 
 
 def test_an_older_kubernetes_is_refused():
@@ -262,3 +415,18 @@ def test_the_schema_knows_the_values_and_no_others():
         walk(shape, volume, f"volumes.{name}")
     assert set(image) == set(schema["definitions"]["image"]["properties"])
     walk(schema, defaults, "values")
+
+
+def test_helm_3_and_helm_4_render_alike(render):
+    with Chart.load(str(CHART)) as chart:
+        for case in ("defaults", "everything at once", "GPUs in groups that live and die together", "models fetched by each pod"):
+            rendered = chart.render(ACCEPTED[case], name="trial", namespace="pruning")
+            documents = [text for name, text in rendered.items() if not name.endswith((".txt", ".tpl"))]
+            by_four = [each for text in documents for each in yaml.safe_load_all(text) if each]
+            by_three = render(ACCEPTED[case])
+
+            def key(each):
+                return each["kind"], each["metadata"]["name"]
+
+            assert sorted(map(key, by_three)) == sorted(map(key, by_four)), case
+            assert sorted(by_three, key=key) == sorted(by_four, key=key), case
