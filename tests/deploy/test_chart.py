@@ -10,6 +10,7 @@ from chart_values import ACCEPTED, REFUSED
 from conftest import CHART, helm_template, run, tool
 from helm_python import Chart
 
+import chart_readme  # of scripts/, which conftest puts on the path
 OLDEST, NEWEST = "1.30", kubernetes_validate.latest_version()
 
 # The package reads its 3 MB of definitions anew for each object.
@@ -430,3 +431,9 @@ def test_helm_3_and_helm_4_render_alike(render):
 
             assert sorted(map(key, by_three)) == sorted(map(key, by_four)), case
             assert sorted(by_three, key=key) == sorted(by_four, key=key), case
+
+
+def test_the_readme_lists_the_values_as_they_are():
+    assert (CHART / "README.md").read_text() == chart_readme.readme(), "run `python3 scripts/chart_readme.py`"
+    listed = {name for name, _, _ in chart_readme.rows((CHART / "values.yaml").read_text())}
+    assert {"insecure", "tls.certManager.issuerName", "workerDefaults.gang.type", "telemetry.metrics.port"} <= listed
