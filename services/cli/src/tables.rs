@@ -148,6 +148,9 @@ pub(crate) fn run_table(run: &pb::Run) -> String {
         row("memory of the fullest worker", units::bytes(step.memory_bytes));
     }
     row("decision in force", run.generation.to_string());
+    if run.restarts > 0 {
+        row("restarts", run.restarts.to_string());
+    }
     for evaluation in &run.evaluations {
         row(&format!("perplexity, {}", evaluation.label), format!("{:.4}", evaluation.perplexity));
     }

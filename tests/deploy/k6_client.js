@@ -1,0 +1,44 @@
+// grpc-go under load: reflection, unary calls with their errors, and a stream to its end.
+import { check } from "k6";
+import grpc from "k6/net/grpc";
+
+export const options = {
+  scenarios: {
+    calls: { executor: "per-vu-iterations", vus: 4, iterations: 25, exec: "calls" },
+    stream: { executor: "per-vu-iterations", vus: 2, iterations: 1, exec: "stream" },
+  },
+  thresholds: { checks: ["rate==1.0"], grpc_req_duration: ["p(95)<5000"] },
+};
+
+const client = new grpc.Client();
+const plain = { plaintext: true, reflect: true, timeout: "30s" };
+
+export function calls() {
+  client.connect(__ENV.ADDRESS, plain);
+  const found = client.invoke("espalier.v1.RunService/GetRun", { id: __ENV.RUN });
+  check(found, {
+    "the run is found": (answer) => answer.status === grpc.StatusOK && answer.message.run.id === __ENV.RUN,
+  });
+  const missing = client.invoke("espalier.v1.RunService/GetRun", { id: "run-000000000000" });
+  check(missing, { "one that is not there is not found": (answer) => answer.status === grpc.StatusNotFound });
+  const wrong = client.invoke("espalier.v1.RunService/CreateRun", { spec: { model: "/etc" }, validate_only: true });
+  check(wrong, { "a wrong run is refused": (answer) => answer.status === grpc.StatusInvalidArgument });
+  client.close();
+}
+
+export function stream() {
+  client.connect(__ENV.ADDRESS, plain);
+  const events = new grpc.Stream(client, "espalier.v1.RunService/WatchRun");
+  let last = 0;
+  let inOrder = true;
+  events.on("data", (message) => {
+    inOrder = inOrder && Number(message.event.revision) === last + 1;
+    last += 1;
+  });
+  events.on("end", () => {
+    check(last, { "every event came once and in order": () => inOrder && last === Number(__ENV.EVENTS) });
+    client.close();
+  });
+  events.write({ id: __ENV.RUN });
+  events.end();
+}
