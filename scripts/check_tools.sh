@@ -46,8 +46,9 @@ fi
 if [ "${1-}" = --tests ]; then
   set -- /usr/lib/postgresql/*/bin/postgres
   [ -x "$1" ] || lack "PostgreSQL's server, for the tests of the run store: apt-get install postgresql"
-  command -v prometheus >/dev/null && command -v promtool >/dev/null ||
-    lack "Prometheus and promtool, for the tests of the metrics: apt-get install prometheus"
+  for tool in prometheus promtool; do
+    command -v "$tool" >/dev/null || lack "$tool, for the tests of the metrics: apt-get install prometheus"
+  done
 fi
 
 if [ -n "$missing" ]; then

@@ -11,8 +11,14 @@ COMPOSE = REPOSITORY / "deploy" / "compose.yaml"
 
 
 @pytest.fixture(scope="module")
-def services():
+def all_services():
     return yaml.safe_load(COMPOSE.read_text())["services"]
+
+
+@pytest.fixture(scope="module")
+def services(all_services):
+    """Those that are ours."""
+    return {name: service for name, service in all_services.items() if service["image"].startswith("espalier-")}
 
 
 def final_stage(dockerfile):
@@ -85,3 +91,21 @@ def test_compose_builds_the_images_that_are_here(services):
         context = (COMPOSE.parent / build["context"]).resolve()
         assert context == REPOSITORY, name
         assert context / build["dockerfile"] in DOCKERFILES, name
+
+
+def test_compose_brings_what_to_look_with_configured_by_files_that_are_here(all_services, services):
+    others = {name: service for name, service in all_services.items() if name not in services}
+    assert sorted(others) == ["collector", "grafana", "jaeger", "prometheus"]
+    for name, service in others.items():
+        assert re.search(r":v?\d+\.\d+\.\d+$", service["image"]), name
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", [])), name
+        for volume in service.get("volumes", []):
+            source, _, mode = volume.split(":")
+            assert (COMPOSE.parent / source).exists() and mode == "ro", volume
+    environment = services["coordinator"]["environment"]
+    collector = yaml.safe_load((COMPOSE.parent / "compose" / "collector.yaml").read_text())
+    listens = collector["receivers"]["otlp"]["protocols"]["grpc"]["endpoint"]
+    assert environment["OTEL_EXPORTER_OTLP_ENDPOINT"] == f"http://collector:{listens.rsplit(':', 1)[1]}"
+    scraped = yaml.safe_load((COMPOSE.parent / "compose" / "prometheus.yaml").read_text())["scrape_configs"]
+    port = environment["ESPALIER_METRICS_LISTEN"].rsplit(":", 1)[1]
+    assert scraped[0]["static_configs"][0]["targets"] == [f"{name}:{port}" for name in services]
