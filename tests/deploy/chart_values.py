@@ -80,6 +80,7 @@ ACCEPTED = {
         "insecure": False,
         "tls": {"enabled": True, "certManager": {"enabled": True, "issuerName": "ca", "issuerKind": "ClusterIssuer"}},
         "tokensSecret": "espalier-tokens",
+        "testTokenSecret": "espalier-reader",
         "postgres": {"secret": "pg"},
         "objectStore": {"roots": ["s3://runs/team"], "secret": "s3", "endpoint": "https://minio.example.com"},
         "coordinator": {

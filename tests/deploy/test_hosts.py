@@ -105,6 +105,16 @@ def certificates(folder, network):
         openssl("x509", "-req", "-in", f"{host}.csr", *signed, "-out", f"{host}.crt")
 
 
+def token(folder):
+    """A token for people: certificates are for processes."""
+    done = run(REPOSITORY / "target" / "debug" / "espalier", "token", "create", "--name", "anna", "--role", "operate")
+    assert done.returncode == 0, done.stderr
+    (secret,) = re.findall(r"^espalier_\w+$", done.stdout, re.MULTILINE)
+    (line,) = re.findall(r"^anna operate sha256:\w+$", done.stdout, re.MULTILINE)
+    (folder / "token").write_text(secret + "\n")
+    (folder / "tokens").write_text(line + "\n")
+
+
 class Deployment:
     def __init__(self, network, folder, mtls):
         self.network, self.folder, self.mtls = network, folder, mtls
@@ -129,10 +139,13 @@ class Deployment:
             )
 
     def start(self):
+        tokens = []
         if self.mtls:
             certificates(self.folder, self.network)
+            token(self.folder)
+            tokens = ["--tokens", self.folder / "tokens"]
         listen = f"{self.network.address('c')}:7070"
-        self.spawn("c", "coordinator", "--listen", listen, "--data-dir", self.folder / "state")
+        self.spawn("c", "coordinator", "--listen", listen, "--data-dir", self.folder / "state", *tokens)
         for host in ("w0", "w1", "w2"):
             listen = f"{self.network.address(host)}:7071"
             self.spawn(host, "worker", "--listen", listen, "--coordinator", self.coordinator, "--id", host, "--threads", "1")
@@ -140,7 +153,7 @@ class Deployment:
             self.wait_for(lambda host=host: " registered" in (self.folder / f"{host}.log").read_text(), CALL_S, host)
 
     def espalier(self, *arguments):
-        security = [part for part in self.security("c") if part != "--insecure"]
+        security = ["--tls-ca", self.folder / "ca.crt", "--token-file", self.folder / "token"] if self.mtls else []
         path = REPOSITORY / "target" / "debug" / "espalier"
         done = run("ip", "netns", "exec", self.network.namespace("c"), path, *arguments, "--coordinator", self.coordinator, *security)
         assert done.returncode == 0, done.stdout + done.stderr

@@ -87,7 +87,8 @@ pub enum TelemetryError {
 #[must_use = "traces are sent when this is dropped"]
 pub struct Telemetry {
     provider: SdkTracerProvider,
-    meters: SdkMeterProvider,
+    /// Absent where nobody asks for metrics.
+    meters: Option<SdkMeterProvider>,
 }
 
 impl Drop for Telemetry {
@@ -96,7 +97,9 @@ impl Drop for Telemetry {
         if let Err(error) = self.provider.shutdown_with_timeout(FLUSH_TIMEOUT) {
             eprintln!("the last traces were not sent: {error}");
         }
-        if let Err(error) = self.meters.shutdown_with_timeout(FLUSH_TIMEOUT) {
+        if let Some(meters) = &self.meters
+            && let Err(error) = meters.shutdown_with_timeout(FLUSH_TIMEOUT)
+        {
             eprintln!("the last metrics were not sent: {error}");
         }
     }
@@ -128,12 +131,18 @@ where
     opentelemetry::global::set_text_map_propagator(TraceContextPropagator::new());
     opentelemetry::global::set_tracer_provider(provider.clone());
     let meters = meters(service, args)?;
-    opentelemetry::global::set_meter_provider(meters.clone());
+    if let Some(meters) = &meters {
+        opentelemetry::global::set_meter_provider(meters.clone());
+    }
     Ok(Telemetry { provider, meters })
 }
 
 /// Metrics are kept only where somebody asks for them.
-fn meters(service: &'static str, args: &LogArgs) -> Result<SdkMeterProvider, TelemetryError> {
+fn meters(service: &'static str, args: &LogArgs) -> Result<Option<SdkMeterProvider>, TelemetryError> {
+    let endpoint = args.otlp_endpoint.as_deref().filter(|endpoint| !endpoint.is_empty());
+    if endpoint.is_none() && args.metrics_listen.is_none() {
+        return Ok(None);
+    }
     let resource = Resource::builder().with_service_name(service).build();
     let mut builder = SdkMeterProvider::builder().with_resource(resource);
     if let Some(address) = args.metrics_listen {
@@ -144,7 +153,7 @@ fn meters(service: &'static str, args: &LogArgs) -> Result<SdkMeterProvider, Tel
         metrics::serve(address, registry)
             .map_err(|cause| TelemetryError::MetricsListen { address, cause })?;
     }
-    if let Some(endpoint) = args.otlp_endpoint.as_deref().filter(|endpoint| !endpoint.is_empty()) {
+    if let Some(endpoint) = endpoint {
         let exporter = opentelemetry_otlp::MetricExporter::builder()
             .with_tonic()
             .with_endpoint(endpoint)
@@ -153,7 +162,7 @@ fn meters(service: &'static str, args: &LogArgs) -> Result<SdkMeterProvider, Tel
             .map_err(|cause| TelemetryError::Exporter { endpoint: endpoint.to_owned(), cause })?;
         builder = builder.with_periodic_exporter(exporter);
     }
-    Ok(builder.build())
+    Ok(Some(builder.build()))
 }
 
 /// Spans get trace ids whether or not they are sent anywhere, so that logs of several processes can be joined.
