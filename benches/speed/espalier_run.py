@@ -88,7 +88,8 @@ def figures_of(out):
         for decision in decisions
         if (lines := log_lines(out, rf"mask decided generation={decision['generation']}\b"))
     ]
-    writing, written = log_lines(out, "writing the checkpoint"), log_lines(out, "checkpoint written")
+    # From the copy aside to the manifest.
+    written = [float(event["checkpoint"]["duration"].rstrip("s")) for event in found if "checkpoint" in event]
     return {
         "train_s": steps[-1][0] - running,
         "dense_step_s": median(dense),
@@ -99,5 +100,5 @@ def figures_of(out):
         "worker_peak_bytes": max(step["memory_bytes"] for _, step in steps),
         "decide_s": median(decided),
         "mask_applied_s": median(applied),
-        "checkpoint_s": written[-1][0] - writing[-1][0] if writing and written else None,
+        "checkpoint_s": written[-1] if written else None,
     }

@@ -1,4 +1,5 @@
-//! What the coordinator has stored: runs, events, and packed masks. The first byte picks one.
+//! What the coordinator has stored: runs, events, packed masks, manifests of checkpoints, and its own part of them. The first
+//! byte picks one.
 
 #![no_main]
 
@@ -8,11 +9,12 @@ mod records;
 
 use libfuzzer_sys::fuzz_target;
 use pruning::LayerKeep;
-use records::{StoredEvent, StoredRun};
+use pruning_run::SavedState;
+use records::{CheckpointManifest, StoredEvent, StoredRun};
 
 fuzz_target!(|data: &[u8]| {
     let Some((choice, bytes)) = data.split_first() else { return };
-    match choice % 3 {
+    match choice % 5 {
         0 => {
             if let Ok(run) = StoredRun::decode(bytes) {
                 let stored = run.encode().expect("what was read can be stored");
@@ -26,10 +28,22 @@ fuzz_target!(|data: &[u8]| {
                 assert_eq!(StoredEvent::decode(&stored).ok(), Some(event));
             }
         }
-        _ => {
+        2 => {
             if let Ok(layers) = records::unpack::<Vec<LayerKeep>>("a mask", bytes) {
                 let stored = records::pack("a mask", &layers).expect("what was read can be stored");
                 assert_eq!(records::unpack::<Vec<LayerKeep>>("a mask", &stored).ok(), Some(layers));
+            }
+        }
+        3 => {
+            if let Ok(manifest) = CheckpointManifest::decode(bytes) {
+                let stored = manifest.encode().expect("what was read can be stored");
+                assert_eq!(CheckpointManifest::decode(&stored).ok(), Some(manifest));
+            }
+        }
+        _ => {
+            if let Ok(state) = records::unpack::<SavedState>("a checkpoint", bytes) {
+                let stored = records::pack("a checkpoint", &state).expect("what was read can be stored");
+                records::unpack::<SavedState>("a checkpoint", &stored).expect("and read again");
             }
         }
     }

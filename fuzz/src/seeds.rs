@@ -199,6 +199,10 @@ fn messages(seeds: &Seeds) -> Outcome {
     seeds.write("records", "event", [vec![1], state.to_string().into_bytes()].concat())?;
     let packed = postcard::to_extend(&vec![layer], vec![2, 1])?;
     seeds.write("records", "mask", packed)?;
+    let file = json!({"file": "rank-0.safetensors", "sha256": "0".repeat(64), "size_bytes": 1});
+    let place = json!({"run_id": "run-1", "name": "00000010-1", "steps_done": 10, "generation": 1});
+    let manifest = json!({"format_version": 1, "place": place, "state": file, "shards": [file]});
+    seeds.write("records", "manifest", [vec![3], manifest.to_string().into_bytes()].concat())?;
     let run = json!({"spec": spec_text, "plan": "", "dense": tiny_spec(), "fork": null});
     seeds.write("records", "run", [vec![0], run.to_string().into_bytes()].concat())
 }

@@ -248,6 +248,11 @@ livenessProbe:
     {{- with include "espalier.objectStoreEnv" $root | trim }}
     {{- . | nindent 4 }}
     {{- end }}
+    {{- if and $root.Values.objectStore.roots $root.Values.objectStore.endpoint }}
+    # As AWS' own command line calls it.
+    - name: AWS_ENDPOINT_URL
+      value: {{ $root.Values.objectStore.endpoint | quote }}
+    {{- end }}
   resources:
     requests:
       cpu: 500m
@@ -316,14 +321,4 @@ livenessProbe:
 - name: tmp
   emptyDir:
     sizeLimit: {{ .temporarySize }}
-{{- end -}}
-
-{{- define "espalier.dnsEgress" -}}
-- to:
-    - namespaceSelector: {}
-  ports:
-    - protocol: UDP
-      port: 53
-    - protocol: TCP
-      port: 53
 {{- end -}}

@@ -130,6 +130,52 @@ impl StoredEvent {
     }
 }
 
+/// What a checkpoint consists of.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct CheckpointManifest {
+    pub(crate) place: CheckpointRef,
+    /// The coordinator's own part.
+    pub(crate) state: ManifestFile,
+    /// By tensor-parallel rank.
+    pub(crate) shards: Vec<ManifestFile>,
+}
+
+/// A file of a checkpoint.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct ManifestFile {
+    pub(crate) file: String,
+    pub(crate) sha256: String,
+    pub(crate) size_bytes: u64,
+}
+
+/// The JSON of a [`CheckpointManifest`].
+#[derive(Serialize, Deserialize)]
+struct ManifestJson {
+    format_version: u32,
+    place: CheckpointRef,
+    state: ManifestFile,
+    shards: Vec<ManifestFile>,
+}
+
+const MANIFEST_VERSION: u32 = 1;
+
+impl CheckpointManifest {
+    pub(crate) fn encode(&self) -> Result<Vec<u8>, RecordError> {
+        let Self { place, state, shards } = self.clone();
+        json("a manifest", &ManifestJson { format_version: MANIFEST_VERSION, place, state, shards })
+    }
+
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Self, RecordError> {
+        const WHAT: &str = "a checkpoint's manifest";
+        let ManifestJson { format_version, place, state, shards } = from_json(WHAT, bytes)?;
+        if format_version != MANIFEST_VERSION {
+            let cause = format!("it has version {format_version}, expected {MANIFEST_VERSION}");
+            return Err(RecordError::Unreadable { what: WHAT, cause });
+        }
+        Ok(Self { place, state, shards })
+    }
+}
+
 fn json<T: Serialize>(what: &'static str, value: &T) -> Result<Vec<u8>, RecordError> {
     serde_json::to_vec(value).map_err(|error| RecordError::Unwritable { what, cause: error.to_string() })
 }

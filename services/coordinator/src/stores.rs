@@ -1,6 +1,6 @@
 //! What outlives the process: runs and their events in the run store, checkpoints in the blob store.
 
-use crate::records::{RecordError, StoredEvent, StoredRun, pack, unpack};
+use crate::records::{CheckpointManifest, ManifestFile, RecordError, StoredEvent, StoredRun, pack, unpack};
 use blob_store::{BlobError, BlobStore};
 use pruning::{KeepMask, LayerKeep, MovingAverage};
 use pruning_run::{
@@ -19,7 +19,6 @@ use wire::status::{Failure, Reason};
 const STATE_FILE: &str = "coordinator.bin";
 /// Written last: a checkpoint without it does not exist.
 const MANIFEST_FILE: &str = "manifest.json";
-const MANIFEST_VERSION: u32 = 1;
 const MOST_MANIFEST_BYTES: u64 = 16 << 20;
 const MOST_STATE_BYTES: u64 = 1 << 30;
 const EVENT_PAGE: u32 = 1000;
@@ -55,22 +54,6 @@ impl StoresError {
 pub(crate) struct Stores {
     runs: RunStore,
     blobs: BlobStore,
-}
-
-/// What a checkpoint consists of.
-#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
-struct Manifest {
-    format_version: u32,
-    place: CheckpointRef,
-    state: ManifestFile,
-    shards: Vec<ManifestFile>,
-}
-
-#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
-struct ManifestFile {
-    file: String,
-    sha256: String,
-    size_bytes: u64,
 }
 
 /// A run that is to be stored.
@@ -245,8 +228,7 @@ impl Stores {
             sha256,
             size_bytes,
         };
-        let manifest = Manifest {
-            format_version: MANIFEST_VERSION,
+        let manifest = CheckpointManifest {
             place: place.clone(),
             state: file(STATE_FILE, sha256, size_bytes),
             shards: state
@@ -256,22 +238,14 @@ impl Stores {
                 .collect(),
         };
         self.blobs.put_bytes(&blob(place, STATE_FILE), packed).await?;
-        let text = serde_json::to_vec_pretty(&manifest)
-            .map_err(|error| RecordError::Unwritable { what: "a manifest", cause: error.to_string() })?;
-        self.blobs.put_bytes(&blob(place, MANIFEST_FILE), text).await?;
+        self.blobs.put_bytes(&blob(place, MANIFEST_FILE), manifest.encode()?).await?;
         Ok(size_bytes + state.shards.iter().map(|shard| shard.size_bytes).sum::<u64>())
     }
 
     /// Reads the coordinator's part of a checkpoint back.
     pub(crate) async fn restore(&self, place: &CheckpointRef) -> Result<SavedState, StoresError> {
-        let unreadable = |cause: String| RecordError::Unreadable { what: "a checkpoint's manifest", cause };
         let text = self.blobs.get_bytes(&blob(place, MANIFEST_FILE), MOST_MANIFEST_BYTES).await?;
-        let manifest: Manifest =
-            serde_json::from_slice(&text).map_err(|error| unreadable(error.to_string()))?;
-        if manifest.format_version != MANIFEST_VERSION {
-            let version = manifest.format_version;
-            return Err(unreadable(format!("it has version {version}, expected {MANIFEST_VERSION}")).into());
-        }
+        let manifest = CheckpointManifest::decode(&text)?;
         if manifest.place != *place {
             return Err(StoresError::OtherCheckpoint { name: place.name.clone() });
         }
