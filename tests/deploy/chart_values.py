@@ -22,6 +22,9 @@ GPU_POOL = {
     "extraEnv": [{"name": "NCCL_DEBUG", "value": "INFO"}],
 }
 
+PLAIN = {"insecure": True}
+MANAGED_TLS = {"enabled": True, "certManager": {"enabled": True, "issuerName": "ca"}}
+
 ACCEPTED = {
     "defaults": {},
     "one GPU pool, no CPU pool": {"workerPools": {"cpu": None, "gpu": GPU_POOL}},
@@ -77,7 +80,6 @@ ACCEPTED = {
         "serviceAccount": {"annotations": {"example.com/owner": "ml"}},
     },
     "everything at once": {
-        "insecure": False,
         "tls": {"enabled": True, "certManager": {"enabled": True, "issuerName": "ca", "issuerKind": "ClusterIssuer"}},
         "tokensSecret": "espalier-tokens",
         "testTokenSecret": "espalier-reader",
@@ -106,8 +108,8 @@ ACCEPTED = {
         },
     },
     "certificates from given secrets": {
-        "insecure": False,
         "tls": {"enabled": True, "coordinatorSecret": "coordinator-tls", "workerSecret": "worker-tls"},
+        "tokensSecret": "espalier-tokens",
         "telemetry": {"metrics": {"enabled": False, "port": 9500}},
     },
     "GPUs in groups that live and die together": {
@@ -135,6 +137,16 @@ ACCEPTED = {
         "serviceAccount": {"annotations": {"eks.amazonaws.com/role-arn": "arn:aws:iam::1:role/espalier"}},
     },
     "no metrics": {"telemetry": {"metrics": {"enabled": False}}},
+    "tokens in plain text": {"tokensSecret": "espalier-tokens"},
+    "tokens in plain text, and one for the test": {"tokensSecret": "espalier-tokens", "testTokenSecret": "espalier-reader"},
+    "models from a store over TLS with certificates of cert-manager": {
+        "tls": MANAGED_TLS,
+        "tokensSecret": "espalier-tokens",
+        "objectStore": {"roots": ["s3://runs"], "secret": "s3", "endpoint": "http://minio.storage:9000"},
+        "volumes": {
+            "models": {"download": {"image": "amazon/aws-cli:2.31.0", "command": ["aws", "s3", "sync", "s3://models", "/models"]}}
+        },
+    },
     "one pool for each model size": {
         "workerPools": {
             "cpu": None,
@@ -171,9 +183,9 @@ REFUSED = {
     "a given service account without a name": ({"serviceAccount": {"create": False}}, "serviceAccount.name"),
     "a scheduler of gangs that is not known": ({"workerDefaults": {"gang": {"type": "slurm"}}}, "workerDefaults.gang.type"),
     "an Ingress without a host": ({"coordinator": {"ingress": {"enabled": True}}}, "coordinator.ingress"),
-    "TLS without certificates": ({"tls": {"enabled": True}, "insecure": False}, "tls.workerSecret"),
+    "TLS without certificates": ({"tls": {"enabled": True}, "tokensSecret": "t"}, "tls.workerSecret"),
     "cert-manager without an issuer": (
-        {"tls": {"enabled": True, "certManager": {"enabled": True}}, "insecure": False},
+        {"tls": {"enabled": True, "certManager": {"enabled": True}}},
         "tls.certManager.issuerName",
     ),
     "an object store that is no S3": ({"objectStore": {"roots": ["gs://runs"]}}, "objectStore.roots"),
@@ -181,4 +193,27 @@ REFUSED = {
     "a download without a command": ({"volumes": {"models": {"download": {"image": "x"}}}}, "volumes.models"),
     "a lifetime that is no duration": ({"tls": {"certManager": {"duration": "90 days"}}}, "tls.certManager.duration"),
     "resources of no such kind": ({"coordinator": {"resources": {"limit": {"cpu": "1"}}}}, "coordinator.resources"),
+    "neither TLS nor plain text": ({"insecure": False}, "insecure"),
+    "TLS and plain text": ({"insecure": True, "tls": MANAGED_TLS, "tokensSecret": "t"}, "insecure"),
+    "TLS without tokens": ({"tls": MANAGED_TLS}, "tokensSecret"),
+    "a token for the test where none is looked at": ({"testTokenSecret": "t"}, "testTokenSecret"),
+    "no time for a checkpoint": ({"workerPools": {"cpu": {"drainSeconds": 300}}}, "workerPools.cpu.drainSeconds"),
+    "Kueue without a queue": ({"workerPools": {"cpu": {"gang": {"type": "kueue"}}}}, "workerPools.cpu.gang.queue"),
+    "checkpoints where nobody may write": ({"coordinator": {"checkpointDir": "/models/states"}}, "coordinator.checkpointDir"),
+    "checkpoints in no volume": ({"coordinator": {"checkpointDir": "/output/states"}}, "coordinator.checkpointDir"),
+    "two volumes at one place": ({"volumes": {"data": {"mountPath": "/models"}}}, "volumes.models.mountPath"),
+    "a download that each pod would write to": (
+        {"volumes": {"out": {"download": {"image": "x", "command": ["y"]}}}},
+        "volumes.out.download",
+    ),
+    "a monitor without metrics": (
+        {"telemetry": {"metrics": {"enabled": False}, "serviceMonitor": {"enabled": True}}},
+        "telemetry.serviceMonitor.enabled",
+    ),
+    "a label that the chart sets itself": ({"commonLabels": {"app.kubernetes.io/name": "x"}}, "commonLabels"),
+    "a policy for addresses that are no peers": ({"networkPolicy": {"services": [{"cidr": "::/0"}]}}, "networkPolicy.services"),
 }
+
+# What is not about encryption is tried in plain text, which must be said.
+for values in [*ACCEPTED.values(), *(values for values, _ in REFUSED.values())]:
+    values.setdefault("insecure", "tls" not in values)

@@ -6,12 +6,13 @@ import json
 import kubernetes_validate
 import pytest
 import yaml
-from chart_values import ACCEPTED, REFUSED
+from chart_values import ACCEPTED, MANAGED_TLS, PLAIN, REFUSED
 from conftest import CHART, helm_template, run, tool
 from helm_python import Chart
 
 import chart_readme  # of scripts/, which conftest puts on the path
-OLDEST, NEWEST = "1.30", kubernetes_validate.latest_version()
+
+VERSIONS = [f"1.{minor}" for minor in range(30, 38)]
 
 # The package reads its 3 MB of definitions anew for each object.
 kubernetes_validate.utils.schema_contents = functools.cache(kubernetes_validate.utils.schema_contents)
@@ -33,8 +34,13 @@ def owners(objects):
 
 
 def pods(objects):
-    """Name and pod spec of everything that starts pods."""
+    """Name and pod spec of everything that starts pods that stay."""
     return [(each["metadata"]["name"], template(each)["spec"]) for each in owners(objects)]
+
+
+def all_pods(objects):
+    """The pod of `helm test` too."""
+    return pods(objects) + [(each["metadata"]["name"], each["spec"]) for each in of_kind(objects, "Pod")]
 
 
 def worker_sets(objects):
@@ -74,15 +80,19 @@ def validate(objects, version):
         kubernetes_validate.validate(pod, version, strict=True)
 
 
-@pytest.mark.parametrize("version", [OLDEST, NEWEST])
+@pytest.mark.parametrize("version", VERSIONS)
 def test_every_object_fits_the_schemas_of_kubernetes(objects, version):
     validate(objects, version)
 
 
-@pytest.mark.parametrize("version", [f"1.{minor}" for minor in range(30, 38)])
-def test_everything_at_once_fits_every_version(render, version):
+def test_what_is_rendered_does_not_depend_on_the_version_of_kubernetes(render):
     for case in ("everything at once", "GPUs in groups that live and die together"):
-        validate(render(ACCEPTED[case], "--kube-version", f"{version}.0"), version)
+        rendered = [render(ACCEPTED[case], "--kube-version", f"{version}.0") for version in VERSIONS]
+        assert all(each == rendered[0] for each in rendered), case
+
+
+def test_the_newest_version_that_is_known_is_tried():
+    assert kubernetes_validate.latest_version() == VERSIONS[-1]
 
 
 def test_names_are_unique_and_fit_a_label_of_dns(objects):
@@ -94,7 +104,7 @@ def test_names_are_unique_and_fit_a_label_of_dns(objects):
 
 
 def test_pods_meet_the_restricted_security_standard(objects):
-    for name, pod in pods(objects):
+    for name, pod in all_pods(objects):
         context = pod["securityContext"]
         assert context["runAsNonRoot"] is True, name
         assert context["runAsUser"] > 0 and context["runAsGroup"] > 0, name
@@ -111,22 +121,22 @@ def test_pods_meet_the_restricted_security_standard(objects):
             assert set(volume) - {"name"} <= {"emptyDir", "persistentVolumeClaim", "secret"}, volume
         for init in pod.get("initContainers", []):
             assert init["securityContext"] == container["securityContext"], name
-            assert {"cpu", "memory"} <= set(init["resources"]["limits"]), name
+        for each in [container, *pod.get("initContainers", [])]:
+            for kind in ("requests", "limits"):
+                assert {"cpu", "memory"} <= set(each["resources"][kind]), (name, each["name"])
 
 
 def test_pods_get_no_token_for_the_kubernetes_api(objects):
-    for name, pod in pods(objects):
+    for name, pod in all_pods(objects):
         assert pod["automountServiceAccountToken"] is False, name
     for account in of_kind(objects, "ServiceAccount"):
         assert account["automountServiceAccountToken"] is False
     assert not {"Role", "ClusterRole", "RoleBinding", "ClusterRoleBinding"} & {each["kind"] for each in objects}
 
 
-def test_every_container_has_limits_and_is_probed_by_grpc_on_the_port_it_listens_on(objects):
+def test_every_process_is_probed_by_grpc_on_the_port_it_listens_on(objects):
     for name, pod in pods(objects):
         container = the_container(pod)
-        for kind in ("requests", "limits"):
-            assert {"cpu", "memory"} <= set(container["resources"][kind]), name
         (port,) = [each["containerPort"] for each in container["ports"] if each["name"] == "grpc"]
         assert option(container, "--listen") == [f"0.0.0.0:{port}"], name
         service = "espalier.v1.WorkerService" if container["name"] == "worker" else "espalier.v1.RunService"
@@ -220,7 +230,7 @@ def test_workers_call_the_coordinator_and_advertise_a_name_that_their_headless_s
 
 def test_the_coordinator_is_alone_and_keeps_its_state_by_default(render):
     (coordinator,) = [
-        each for each in of_kind(render({}), "StatefulSet") if each["metadata"]["name"].endswith("-coordinator")
+        each for each in of_kind(render(PLAIN), "StatefulSet") if each["metadata"]["name"].endswith("-coordinator")
     ]
     assert coordinator["spec"]["replicas"] == 1
     (claim,) = coordinator["spec"]["volumeClaimTemplates"]
@@ -246,7 +256,7 @@ def test_a_pools_own_image_takes_no_tag_or_digest_from_the_common_one(render):
     pools = {"cpu": {}, "gpu": {"image": {"repository": "with-cuda"}}, "next": {"image": {"tag": "2"}}}
     images = {
         each["metadata"]["labels"]["espalier/pool"]: the_container(each["spec"]["template"]["spec"])["image"]
-        for each in worker_sets(render({"image": common, "workerPools": pools}))
+        for each in worker_sets(render({**PLAIN, "image": common, "workerPools": pools}))
     }
     assert images == {
         "cpu": "r.example.com/espalier-worker@sha256:" + "f" * 64,
@@ -256,7 +266,7 @@ def test_a_pools_own_image_takes_no_tag_or_digest_from_the_common_one(render):
 
 
 def test_only_the_named_reach_each_port(render):
-    policies = {each["metadata"]["name"]: each["spec"] for each in of_kind(render({}), "NetworkPolicy")}
+    policies = {each["metadata"]["name"]: each["spec"] for each in of_kind(render(PLAIN), "NetworkPolicy")}
     assert sorted(policies) == ["trial-espalier-coordinator", "trial-espalier-worker-cpu"]
     for spec in policies.values():
         assert sorted(spec["policyTypes"]) == ["Egress", "Ingress"]
@@ -272,10 +282,50 @@ def test_only_the_named_reach_each_port(render):
     assert components == ["coordinator", "worker"]
 
 
+def outside(policy):
+    """Ports that pods reach at the services named by networkPolicy.services."""
+    services = yaml.safe_load((CHART / "values.yaml").read_text())["networkPolicy"]["services"]
+    rules = [rule for rule in policy["egress"] if rule["to"] == services]
+    return [each["port"] for rule in rules for each in rule["ports"]]
+
+
+@pytest.mark.parametrize(
+    ("values", "coordinator", "worker"),
+    [
+        ({}, [], []),
+        ({"postgres": {"secret": "pg"}}, [5432], []),
+        ({"objectStore": {"roots": ["s3://runs"]}}, [443], [443]),
+        ({"objectStore": {"roots": ["s3://runs"], "endpoint": "http://minio.storage:9000"}}, [9000], [9000]),
+        ({"objectStore": {"roots": ["s3://runs"], "endpoint": "http://minio"}}, [80], [80]),
+        ({"telemetry": {"otlpEndpoint": "http://collector:4317"}}, [4317], [4317]),
+        ({"volumes": {"models": {"download": {"image": "x", "command": ["y"]}}}}, [443], [443]),
+    ],
+)
+def test_pods_reach_the_services_that_they_were_told_of_and_no_others(render, values, coordinator, worker):
+    policies = {each["metadata"]["name"]: each["spec"] for each in of_kind(render({**PLAIN, **values}), "NetworkPolicy")}
+    assert outside(policies["trial-espalier-coordinator"]) == coordinator
+    assert outside(policies["trial-espalier-worker-cpu"]) == worker
+
+
+def test_workers_of_all_pools_reach_one_another_since_a_run_takes_any(render):
+    objects = render(ACCEPTED["one pool for each model size"])
+    labels = [template(each)["metadata"]["labels"] for each in worker_sets(objects)]
+    policies = [each["spec"] for each in of_kind(objects, "NetworkPolicy") if "-worker-" in each["metadata"]["name"]]
+    assert len(labels) == len(policies) == 3
+    for policy in policies:
+        for rules, peers in ((policy["ingress"], "from"), (policy["egress"], "to")):
+            open_ones = [rule[peers][0]["podSelector"]["matchLabels"] for rule in rules if "ports" not in rule]
+            for each in labels:
+                assert any(selector.items() <= each.items() for selector in open_ones)
+
+
 def test_plain_text_is_asked_for_only_where_values_say_so(render):
-    for insecure in (True, False):
-        for _, pod in pods(render({"insecure": insecure})):
+    for values, insecure in ((PLAIN, True), ({"tls": MANAGED_TLS, "tokensSecret": "t"}, False)):
+        for _, pod in pods(render(values)):
             assert ("--insecure" in the_container(pod)["args"]) is insecure
+            assert ("--tls-cert" in the_container(pod)["args"]) is not insecure
+    done = helm_template({})
+    assert done.returncode != 0 and "insecure" in done.stderr and "tls.enabled" in done.stderr
 
 
 def test_with_tls_nothing_is_plain_and_both_certificates_name_their_pods(render):
@@ -318,7 +368,7 @@ def test_secrets_reach_the_processes_as_files_or_variables_and_are_never_in_the_
 
 def test_gangs_are_asked_for_as_each_scheduler_has_it(render):
     def pool(kind):
-        objects = render({"workerPools": {"cpu": {"replicas": 4, "gang": {"type": kind, "queue": "team"}}}})
+        objects = render({**PLAIN, "workerPools": {"cpu": {"replicas": 4, "gang": {"type": kind, "queue": "team"}}}})
         (workers,) = worker_sets(objects)
         return objects, workers
 
@@ -361,9 +411,11 @@ def test_monitors_and_dashboards_are_made_where_asked_for(render):
 
 def test_the_hook_of_helm_test_asks_the_coordinator_for_its_workers(objects):
     hooks = of_kind(objects, "Pod")
+    (coordinator,) = [the_container(pod) for _, pod in pods(objects) if the_container(pod)["name"] == "coordinator"]
+    tokens, plain = option(coordinator, "--tokens"), "--insecure" in coordinator["args"]
     if not hooks:
-        # With TLS a person's token is needed, and none is given.
-        assert any("--tls-cert" in the_container(pod)["args"] for _, pod in pods(objects))
+        # A token is asked for, and none is given.
+        assert tokens
         return
     (hook,) = hooks
     assert hook["metadata"]["annotations"]["helm.sh/hook"] == "test"
@@ -371,6 +423,38 @@ def test_the_hook_of_helm_test_asks_the_coordinator_for_its_workers(objects):
     assert container["command"] == ["/usr/local/bin/espalier"] and container["args"][0] == "workers"
     (service,) = [each for each in of_kind(objects, "Service") if each["metadata"]["name"].endswith("-coordinator")]
     assert service["metadata"]["name"] in option(container, "--coordinator")[0]
+    assert bool(option(container, "--token-file")) is bool(tokens)
+    assert bool(option(container, "--tls-ca")) is not plain
+    # The command line sends no token in plain text unless told so.
+    assert ("--insecure" in container["args"]) is (plain and bool(tokens))
+    mounted = {each["name"]: each["mountPath"] for each in container["volumeMounts"]}
+    assert sorted(mounted) == sorted(each["name"] for each in hook["spec"]["volumes"])
+    for flag in ("--token-file", "--tls-ca"):
+        for path in option(container, flag):
+            assert path.rsplit("/", 1)[0] in mounted.values(), flag
+
+
+def test_the_notes_name_the_commands_to_run_next():
+    def notes(values):
+        with Chart.load(str(CHART)) as chart:
+            rendered = chart.render(values, name="trial", namespace="pruning")
+        (text,) = [text for name, text in rendered.items() if name.endswith("/NOTES.txt")]
+        return text
+
+    text = notes(PLAIN)
+    for command in (
+        "kubectl --namespace pruning get pods -l app.kubernetes.io/instance=trial --watch",
+        "kubectl --namespace pruning port-forward service/trial-espalier-coordinator 7070",
+        "espalier workers --coordinator http://127.0.0.1:7070",
+        "helm test trial --namespace pruning",
+    ):
+        assert command in text
+    assert "in plain text" in text and "/models" in text
+    text = notes({"tls": MANAGED_TLS, "tokensSecret": "t", "coordinator": {"port": 8070}})
+    assert "get secret trial-espalier-coordinator-tls" in text
+    assert "espalier workers --coordinator https://localhost:8070 --tls-ca ca.crt" in text
+    # Nobody gave a token for it.
+    assert "helm test" not in text and "in plain text" not in text
 
 
 def test_a_volume_with_a_download_is_filled_before_the_process_starts(render):
@@ -384,7 +468,7 @@ def test_a_volume_with_a_download_is_filled_before_the_process_starts(render):
 
 
 def test_an_older_kubernetes_is_refused():
-    done = helm_template({}, "--kube-version", "1.29.0")
+    done = helm_template(PLAIN, "--kube-version", "1.29.0")
     assert done.returncode != 0 and "1.30" in done.stderr
 
 
@@ -425,7 +509,7 @@ def test_the_schema_knows_the_values_and_no_others():
 
 def test_helm_3_and_helm_4_render_alike(render):
     with Chart.load(str(CHART)) as chart:
-        for case in ("defaults", "everything at once", "GPUs in groups that live and die together", "models fetched by each pod"):
+        for case in ACCEPTED:
             rendered = chart.render(ACCEPTED[case], name="trial", namespace="pruning")
             documents = [text for name, text in rendered.items() if not name.endswith((".txt", ".tpl"))]
             by_four = [each for text in documents for each in yaml.safe_load_all(text) if each]

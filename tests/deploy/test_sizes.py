@@ -4,6 +4,7 @@ import json
 
 import pytest
 import yaml
+from chart_values import PLAIN
 from conftest import CHART, REPOSITORY, run
 from test_chart import option, template, the_container, validate, worker_sets
 
@@ -31,7 +32,7 @@ def test_there_is_a_file_for_each_size_that_is_documented():
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_what_the_pool_asks_for_is_enough(path, render, tmp_path):
     values = yaml.safe_load(path.read_text())
-    objects = render(values)
+    objects = render({**PLAIN, **values})
     validate(objects, "1.30")
     (workers,) = worker_sets(objects)
     if workers["kind"] == "LeaderWorkerSet":
