@@ -185,7 +185,7 @@ REFUSED = {
     "an Ingress without a host": ({"coordinator": {"ingress": {"enabled": True}}}, "coordinator.ingress"),
     "TLS without certificates": ({"tls": {"enabled": True}, "tokensSecret": "t"}, "tls.workerSecret"),
     "cert-manager without an issuer": (
-        {"tls": {"enabled": True, "certManager": {"enabled": True}}},
+        {"tokensSecret": "t", "tls": {"enabled": True, "certManager": {"enabled": True}}},
         "tls.certManager.issuerName",
     ),
     "an object store that is no S3": ({"objectStore": {"roots": ["gs://runs"]}}, "objectStore.roots"),
@@ -203,7 +203,7 @@ REFUSED = {
     "checkpoints in no volume": ({"coordinator": {"checkpointDir": "/output/states"}}, "coordinator.checkpointDir"),
     "two volumes at one place": ({"volumes": {"data": {"mountPath": "/models"}}}, "volumes.models.mountPath"),
     "a download that each pod would write to": (
-        {"volumes": {"out": {"download": {"image": "x", "command": ["y"]}}}},
+        {"volumes": {"out": {"download": {"image": "x", "command": ["fetch"]}}}},
         "volumes.out.download",
     ),
     "a monitor without metrics": (

@@ -6,7 +6,8 @@ import json
 import kubernetes_validate
 import pytest
 import yaml
-from chart_values import ACCEPTED, MANAGED_TLS, PLAIN, REFUSED
+from chart_objects import of_kind, option, owners, pods, template, the_container, worker_sets
+from chart_values import ACCEPTED, PLAIN, REFUSED
 from conftest import CHART, helm_template, run, tool
 from helm_python import Chart
 
@@ -18,54 +19,19 @@ VERSIONS = [f"1.{minor}" for minor in range(30, 38)]
 kubernetes_validate.utils.schema_contents = functools.cache(kubernetes_validate.utils.schema_contents)
 
 
-def of_kind(objects, kind):
-    return [each for each in objects if each["kind"] == kind]
-
-
-def template(owner):
-    """What an owner of pods makes them from."""
-    if owner["kind"] == "LeaderWorkerSet":
-        return owner["spec"]["leaderWorkerTemplate"]["workerTemplate"]
-    return owner["spec"]["template"]
-
-
-def owners(objects):
-    return of_kind(objects, "StatefulSet") + of_kind(objects, "LeaderWorkerSet")
-
-
-def pods(objects):
-    """Name and pod spec of everything that starts pods that stay."""
-    return [(each["metadata"]["name"], template(each)["spec"]) for each in owners(objects)]
-
-
-def all_pods(objects):
-    """The pod of `helm test` too."""
-    return pods(objects) + [(each["metadata"]["name"], each["spec"]) for each in of_kind(objects, "Pod")]
-
-
-def worker_sets(objects):
-    return [each for each in owners(objects) if "espalier/pool" in each["metadata"]["labels"]]
-
-
-def the_container(pod):
-    assert len(pod["containers"]) == 1
-    return pod["containers"][0]
-
-
-def option(container, name):
-    """Every value given for a command-line option."""
-    arguments = container["args"]
-    return [arguments[index + 1] for index, argument in enumerate(arguments) if argument == name]
-
-
 @pytest.fixture(scope="module", params=ACCEPTED, ids=lambda name: name.replace(" ", "-"))
 def objects(request, render):
     return render(ACCEPTED[request.param])
 
 
-def test_helm_lint_finds_nothing():
-    done = run(tool("helm"), "lint", "--strict", CHART)
+@pytest.mark.parametrize("case", ACCEPTED, ids=lambda name: name.replace(" ", "-"))
+def test_helm_lint_finds_nothing(case, tmp_path):
+    values = tmp_path / "values.yaml"
+    values.write_text(yaml.safe_dump(ACCEPTED[case]))
+    done = run(tool("helm"), "lint", "--strict", "--values", values, CHART)
     assert done.returncode == 0, done.stdout + done.stderr
+    # A template that fails is only told of.
+    assert "Fail:" not in done.stdout + done.stderr
 
 
 def validate(objects, version):
@@ -92,7 +58,7 @@ def test_what_is_rendered_does_not_depend_on_the_version_of_kubernetes(render):
 
 
 def test_the_newest_version_that_is_known_is_tried():
-    assert kubernetes_validate.latest_version() == VERSIONS[-1]
+    assert ".".join(kubernetes_validate.latest_version().split(".")[:2]) == VERSIONS[-1]
 
 
 def test_names_are_unique_and_fit_a_label_of_dns(objects):
@@ -101,37 +67,6 @@ def test_names_are_unique_and_fit_a_label_of_dns(objects):
     for kind, name in names:
         # Kubernetes appends up to 11 characters to a StatefulSet's name in a label.
         assert len(name) <= (52 if kind == "StatefulSet" else 63), name
-
-
-def test_pods_meet_the_restricted_security_standard(objects):
-    for name, pod in all_pods(objects):
-        context = pod["securityContext"]
-        assert context["runAsNonRoot"] is True, name
-        assert context["runAsUser"] > 0 and context["runAsGroup"] > 0, name
-        assert context["seccompProfile"] == {"type": "RuntimeDefault"}, name
-        for host in ("hostNetwork", "hostPID", "hostIPC"):
-            assert host not in pod, name
-        container = the_container(pod)
-        assert container["securityContext"] == {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-        }, name
-        for volume in pod["volumes"]:
-            assert set(volume) - {"name"} <= {"emptyDir", "persistentVolumeClaim", "secret"}, volume
-        for init in pod.get("initContainers", []):
-            assert init["securityContext"] == container["securityContext"], name
-        for each in [container, *pod.get("initContainers", [])]:
-            for kind in ("requests", "limits"):
-                assert {"cpu", "memory"} <= set(each["resources"][kind]), (name, each["name"])
-
-
-def test_pods_get_no_token_for_the_kubernetes_api(objects):
-    for name, pod in all_pods(objects):
-        assert pod["automountServiceAccountToken"] is False, name
-    for account in of_kind(objects, "ServiceAccount"):
-        assert account["automountServiceAccountToken"] is False
-    assert not {"Role", "ClusterRole", "RoleBinding", "ClusterRoleBinding"} & {each["kind"] for each in objects}
 
 
 def test_every_process_is_probed_by_grpc_on_the_port_it_listens_on(objects):
@@ -184,25 +119,6 @@ def test_claims_that_pods_use_are_made_or_given(objects):
             assert claim is None or claim in made or claim.startswith(("team-", "espalier-state")), claim
     for claim in of_kind(objects, "PersistentVolumeClaim"):
         assert claim["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
-
-
-def test_services_and_policies_select_the_pods_that_they_are_named_after(objects):
-    sets = owners(objects)
-    labels = {each["metadata"]["name"]: template(each)["metadata"]["labels"] for each in sets}
-    selectors = {
-        "Service": lambda spec: spec["selector"],
-        "NetworkPolicy": lambda spec: spec["podSelector"]["matchLabels"],
-        "PodDisruptionBudget": lambda spec: spec["selector"]["matchLabels"],
-    }
-    for kind, selector_of in selectors.items():
-        for each in of_kind(objects, kind):
-            selector = selector_of(each["spec"]).items()
-            selected = [name for name, found in labels.items() if selector <= found.items()]
-            assert selected == [each["metadata"]["name"]], (kind, each["metadata"]["name"])
-    services = {each["metadata"]["name"] for each in of_kind(objects, "Service")}
-    for each in of_kind(objects, "StatefulSet"):
-        assert each["spec"]["serviceName"] in services
-        assert each["spec"]["selector"]["matchLabels"].items() <= labels[each["metadata"]["name"]].items()
 
 
 def test_workers_call_the_coordinator_and_advertise_a_name_that_their_headless_service_gives(objects):
@@ -265,107 +181,6 @@ def test_a_pools_own_image_takes_no_tag_or_digest_from_the_common_one(render):
     }
 
 
-def test_only_the_named_reach_each_port(render):
-    policies = {each["metadata"]["name"]: each["spec"] for each in of_kind(render(PLAIN), "NetworkPolicy")}
-    assert sorted(policies) == ["trial-espalier-coordinator", "trial-espalier-worker-cpu"]
-    for spec in policies.values():
-        assert sorted(spec["policyTypes"]) == ["Egress", "Ingress"]
-        assert all("from" in rule and rule["from"] for rule in spec["ingress"])
-        for rule in spec["ingress"]:
-            # Whoever watches reads metrics, and reaches nothing else.
-            if rule["from"] == [{"namespaceSelector": {}}]:
-                assert [port["port"] for port in rule["ports"]] == ["metrics"]
-        assert all("to" in rule and rule["to"] for rule in spec["egress"])
-    to_worker = policies["trial-espalier-worker-cpu"]["ingress"]
-    from_pods = [rule["from"][0]["podSelector"]["matchLabels"] for rule in to_worker if "podSelector" in rule["from"][0]]
-    components = [labels["app.kubernetes.io/component"] for labels in from_pods]
-    assert components == ["coordinator", "worker"]
-
-
-def outside(policy):
-    """Ports that pods reach at the services named by networkPolicy.services."""
-    services = yaml.safe_load((CHART / "values.yaml").read_text())["networkPolicy"]["services"]
-    rules = [rule for rule in policy["egress"] if rule["to"] == services]
-    return [each["port"] for rule in rules for each in rule["ports"]]
-
-
-@pytest.mark.parametrize(
-    ("values", "coordinator", "worker"),
-    [
-        ({}, [], []),
-        ({"postgres": {"secret": "pg"}}, [5432], []),
-        ({"objectStore": {"roots": ["s3://runs"]}}, [443], [443]),
-        ({"objectStore": {"roots": ["s3://runs"], "endpoint": "http://minio.storage:9000"}}, [9000], [9000]),
-        ({"objectStore": {"roots": ["s3://runs"], "endpoint": "http://minio"}}, [80], [80]),
-        ({"telemetry": {"otlpEndpoint": "http://collector:4317"}}, [4317], [4317]),
-        ({"volumes": {"models": {"download": {"image": "x", "command": ["y"]}}}}, [443], [443]),
-    ],
-)
-def test_pods_reach_the_services_that_they_were_told_of_and_no_others(render, values, coordinator, worker):
-    policies = {each["metadata"]["name"]: each["spec"] for each in of_kind(render({**PLAIN, **values}), "NetworkPolicy")}
-    assert outside(policies["trial-espalier-coordinator"]) == coordinator
-    assert outside(policies["trial-espalier-worker-cpu"]) == worker
-
-
-def test_workers_of_all_pools_reach_one_another_since_a_run_takes_any(render):
-    objects = render(ACCEPTED["one pool for each model size"])
-    labels = [template(each)["metadata"]["labels"] for each in worker_sets(objects)]
-    policies = [each["spec"] for each in of_kind(objects, "NetworkPolicy") if "-worker-" in each["metadata"]["name"]]
-    assert len(labels) == len(policies) == 3
-    for policy in policies:
-        for rules, peers in ((policy["ingress"], "from"), (policy["egress"], "to")):
-            open_ones = [rule[peers][0]["podSelector"]["matchLabels"] for rule in rules if "ports" not in rule]
-            for each in labels:
-                assert any(selector.items() <= each.items() for selector in open_ones)
-
-
-def test_plain_text_is_asked_for_only_where_values_say_so(render):
-    for values, insecure in ((PLAIN, True), ({"tls": MANAGED_TLS, "tokensSecret": "t"}, False)):
-        for _, pod in pods(render(values)):
-            assert ("--insecure" in the_container(pod)["args"]) is insecure
-            assert ("--tls-cert" in the_container(pod)["args"]) is not insecure
-    done = helm_template({})
-    assert done.returncode != 0 and "insecure" in done.stderr and "tls.enabled" in done.stderr
-
-
-def test_with_tls_nothing_is_plain_and_both_certificates_name_their_pods(render):
-    rendered = render(ACCEPTED["everything at once"])
-    certificates = {each["metadata"]["name"]: each["spec"] for each in of_kind(rendered, "Certificate")}
-    assert sorted(certificates) == ["trial-espalier-coordinator", "trial-espalier-worker"]
-    assert "espalier-coordinator" in certificates["trial-espalier-coordinator"]["dnsNames"]
-    assert "espalier-worker" in certificates["trial-espalier-worker"]["dnsNames"]
-    assert "espalier-worker" not in certificates["trial-espalier-coordinator"]["dnsNames"]
-    for workers in worker_sets(rendered):
-        (advertised,) = option(the_container(template(workers)["spec"]), "--advertise")
-        host = advertised.removeprefix("https://$(POD_NAME).").rsplit(":", 1)[0]
-        assert f"*.{host}" in certificates["trial-espalier-worker"]["dnsNames"]
-    for name, pod in pods(rendered):
-        container = the_container(pod)
-        assert "--insecure" not in container["args"], name
-        for flag in ("--tls-cert", "--tls-key", "--tls-client-ca", "--tls-ca"):
-            (path,) = option(container, flag)
-            assert path.startswith("/etc/espalier/tls/"), name
-        (volume,) = [each for each in pod["volumes"] if each["name"] == "tls"]
-        component = "worker" if container["name"] == "worker" else "coordinator"
-        assert volume["secret"]["secretName"] == certificates[f"trial-espalier-{component}"]["secretName"]
-
-
-def test_secrets_reach_the_processes_as_files_or_variables_and_are_never_in_the_chart(render):
-    (coordinator,) = [
-        template(each)["spec"]
-        for each in owners(render(ACCEPTED["everything at once"]))
-        if each["metadata"]["name"].endswith("-coordinator")
-    ]
-    container = the_container(coordinator)
-    assert option(container, "--tokens") == ["/etc/espalier/tokens/tokens"]
-    variables = {each["name"]: each for each in container["env"]}
-    assert variables["ESPALIER_STORE"]["valueFrom"] == {"secretKeyRef": {"name": "pg", "key": "url"}}
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        assert variables[name]["valueFrom"] == {"secretKeyRef": {"name": "s3", "key": name}}
-    assert option(container, "--checkpoint-dir") == ["s3://runs/team/checkpoints"]
-    assert not of_kind(render(ACCEPTED["everything at once"]), "Secret")
-
-
 def test_gangs_are_asked_for_as_each_scheduler_has_it(render):
     def pool(kind):
         objects = render({**PLAIN, "workerPools": {"cpu": {"replicas": 4, "gang": {"type": kind, "queue": "team"}}}})
@@ -407,54 +222,6 @@ def test_monitors_and_dashboards_are_made_where_asked_for(render):
         ((name, text),) = board["data"].items()
         assert json.loads(text) == json.loads((CHART / "dashboards" / name).read_text())
         assert board["metadata"]["labels"]["grafana_dashboard"] == "1"
-
-
-def test_the_hook_of_helm_test_asks_the_coordinator_for_its_workers(objects):
-    hooks = of_kind(objects, "Pod")
-    (coordinator,) = [the_container(pod) for _, pod in pods(objects) if the_container(pod)["name"] == "coordinator"]
-    tokens, plain = option(coordinator, "--tokens"), "--insecure" in coordinator["args"]
-    if not hooks:
-        # A token is asked for, and none is given.
-        assert tokens
-        return
-    (hook,) = hooks
-    assert hook["metadata"]["annotations"]["helm.sh/hook"] == "test"
-    container = the_container(hook["spec"])
-    assert container["command"] == ["/usr/local/bin/espalier"] and container["args"][0] == "workers"
-    (service,) = [each for each in of_kind(objects, "Service") if each["metadata"]["name"].endswith("-coordinator")]
-    assert service["metadata"]["name"] in option(container, "--coordinator")[0]
-    assert bool(option(container, "--token-file")) is bool(tokens)
-    assert bool(option(container, "--tls-ca")) is not plain
-    # The command line sends no token in plain text unless told so.
-    assert ("--insecure" in container["args"]) is (plain and bool(tokens))
-    mounted = {each["name"]: each["mountPath"] for each in container["volumeMounts"]}
-    assert sorted(mounted) == sorted(each["name"] for each in hook["spec"]["volumes"])
-    for flag in ("--token-file", "--tls-ca"):
-        for path in option(container, flag):
-            assert path.rsplit("/", 1)[0] in mounted.values(), flag
-
-
-def test_the_notes_name_the_commands_to_run_next():
-    def notes(values):
-        with Chart.load(str(CHART)) as chart:
-            rendered = chart.render(values, name="trial", namespace="pruning")
-        (text,) = [text for name, text in rendered.items() if name.endswith("/NOTES.txt")]
-        return text
-
-    text = notes(PLAIN)
-    for command in (
-        "kubectl --namespace pruning get pods -l app.kubernetes.io/instance=trial --watch",
-        "kubectl --namespace pruning port-forward service/trial-espalier-coordinator 7070",
-        "espalier workers --coordinator http://127.0.0.1:7070",
-        "helm test trial --namespace pruning",
-    ):
-        assert command in text
-    assert "in plain text" in text and "/models" in text
-    text = notes({"tls": MANAGED_TLS, "tokensSecret": "t", "coordinator": {"port": 8070}})
-    assert "get secret trial-espalier-coordinator-tls" in text
-    assert "espalier workers --coordinator https://localhost:8070 --tls-ca ca.crt" in text
-    # Nobody gave a token for it.
-    assert "helm test" not in text and "in plain text" not in text
 
 
 def test_a_volume_with_a_download_is_filled_before_the_process_starts(render):

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import yaml
+from chart_objects import all_pods, the_container
 from chart_values import ACCEPTED
 from conftest import REPOSITORY, run
 
@@ -12,14 +13,14 @@ from conftest import REPOSITORY, run
 def help_of():
     """What `--help` of a binary says; `make test-deploy` builds them first."""
 
-    def text(name):
+    def text(name, *command):
         binary = REPOSITORY / "target" / "debug" / name
         assert binary.is_file(), f"{binary} is missing; `make test-deploy` builds it"
-        done = run(binary, "--help")
+        done = run(binary, *command, "--help")
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    return {name: text(name) for name in ("coordinator", "worker")}
+    return {"coordinator": text("coordinator"), "worker": text("worker"), "test": text("espalier", "workers")}
 
 
 def assert_known(help_text, arguments, variables):
@@ -31,12 +32,11 @@ def assert_known(help_text, arguments, variables):
         assert not variable.startswith(("ESPALIER_", "RUST_", "OTEL_")) or variable in known, variable
 
 
-def test_the_chart_gives_flags_that_the_binaries_know(render, help_of):
-    for name in ("defaults", "two pools", "telemetry to a collector"):
-        for each in render(ACCEPTED[name]):
-            if each["kind"] == "StatefulSet":
-                (container,) = each["spec"]["template"]["spec"]["containers"]
-                assert_known(help_of[container["name"]], container["args"], [one["name"] for one in container["env"]])
+@pytest.mark.parametrize("case", ACCEPTED, ids=lambda name: name.replace(" ", "-"))
+def test_the_chart_gives_flags_that_the_binaries_know(case, render, help_of):
+    for _, pod in all_pods(render(ACCEPTED[case])):
+        container = the_container(pod)
+        assert_known(help_of[container["name"]], container["args"], [one["name"] for one in container.get("env", [])])
 
 
 def test_the_compose_file_gives_flags_that_the_binaries_know(help_of):

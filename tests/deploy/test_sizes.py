@@ -4,9 +4,10 @@ import json
 
 import pytest
 import yaml
+from chart_objects import option, template, the_container, worker_sets
 from chart_values import PLAIN
 from conftest import CHART, REPOSITORY, run
-from test_chart import option, template, the_container, validate, worker_sets
+from test_chart import validate
 
 GIB = 2**30
 LLAMA = {
