@@ -13,14 +13,14 @@ const BYTES_OF_A_WEIGHT: u64 = 2;
 #[derive(Debug, Clone, Copy, clap::Args)]
 pub(crate) struct Shape {
     #[arg(long, default_value_t = 80)]
-    layers: u64,
+    pub(crate) layers: u64,
     #[arg(long, default_value_t = 8192)]
-    hidden: u64,
+    pub(crate) hidden: u64,
     #[arg(long, default_value_t = 64)]
-    heads: u64,
+    pub(crate) heads: u64,
     /// Channels of a layer
     #[arg(long, default_value_t = 22_016)]
-    channels: u64,
+    pub(crate) channels: u64,
 }
 
 /// Writes `config.json` and one sparse file of zeros.

@@ -409,3 +409,46 @@ impl WorkerService for Simulated {
         Ok(Response::new(pb::AbortResponse {}))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model;
+    use checkpoint::ModelFolder;
+    use pruning::KeepMask;
+
+    fn shared(expected: Vec<u64>) -> Arc<Shared> {
+        let folder = tempfile::tempdir().unwrap();
+        model::write(folder.path(), model::Shape { layers: 1, hidden: 8, heads: 2, channels: 6 }).unwrap();
+        let dense = ModelFolder::open(folder.path()).unwrap().spec().clone();
+        let scores = scores(&dense);
+        Shared::new(dense, 2, scores, expected, Duration::ZERO).unwrap()
+    }
+
+    #[test]
+    fn a_mask_that_is_not_the_expected_one_on_every_rank_is_refused() {
+        let mut kept = KeepMask::full(&shared(Vec::new()).dense);
+        kept.layers[0].channels.truncate(4);
+        let right = mask::to_pb(&kept);
+        kept.layers[0].channels[3] = 5;
+        let wrong = mask::to_pb(&kept);
+        let told = |generation, mask: &pb::KeepMask| pb::ApplyMaskRequest {
+            generation,
+            keep_mask: Some(mask.clone()),
+            ..Default::default()
+        };
+        let shared = || shared(vec![digest(&right)]);
+        for (first, second, are_good) in [
+            (told(1, &right), told(1, &right), [true, true]),
+            (told(1, &wrong), told(1, &right), [false, true]),
+            (told(1, &right), told(1, &wrong), [true, false]),
+            (told(2, &right), told(1, &right), [false, true]),
+            (told(1, &right), told(2, &right), [true, false]),
+        ] {
+            let shared = shared();
+            let answers = [first, second].map(|request| shared.apply(request).is_ok());
+            assert_eq!(answers, are_good);
+            assert_eq!(shared.decided().last.len(), usize::from(are_good == [true, true]));
+        }
+    }
+}

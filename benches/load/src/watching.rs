@@ -241,3 +241,44 @@ impl Client {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use wire::convert::time::time_to_pb;
+
+    fn told(revision: u64, state: pb::RunState) -> pb::WatchRunResponse {
+        let kind =
+            pb::run_event::Kind::StateChange(pb::StateChange { state: state.into(), ..Default::default() });
+        let time = Some(time_to_pb(SystemTime::UNIX_EPOCH));
+        pb::WatchRunResponse { event: Some(pb::RunEvent { revision, time, kind: Some(kind) }) }
+    }
+
+    #[test]
+    fn a_client_notices_what_is_lost_doubled_or_after_the_end() {
+        use pb::RunState::{Running, Succeeded};
+        let now = SystemTime::now();
+        for (revision, ended, is_good) in
+            [(3, false, true), (2, false, false), (4, false, false), (3, true, false)]
+        {
+            let mut client = Client::default();
+            client.take_in(&told(1, Running), now).unwrap();
+            client.take_in(&told(2, if ended { Succeeded } else { Running }), now).unwrap();
+            assert_eq!(client.take_in(&told(revision, Running), now).is_ok(), is_good, "{revision} {ended}");
+        }
+    }
+
+    #[test]
+    fn clients_that_have_seen_different_events_differ() {
+        let digest = |states: [pb::RunState; 2]| {
+            let mut client = Client::default();
+            for (revision, state) in (1..).zip(states) {
+                client.take_in(&told(revision, state), SystemTime::now()).unwrap();
+            }
+            client.digest.finish()
+        };
+        use pb::RunState::{Queued, Running, Starting};
+        assert_eq!(digest([Queued, Running]), digest([Queued, Running]));
+        assert_ne!(digest([Queued, Running]), digest([Starting, Running]));
+    }
+}
