@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measures speed and memory: `make bench`, or one of them.
 
-    bench.py NAME... [--quick] [--rounds 3] [--steps N]      step, run, tp, startup, decision, or all
+    bench.py NAME... [--quick] [--rounds 3] [--steps N] [--minutes 15]   step, run, tp, startup, decision, load, or all
 
 Sides take turns, round by round, so that what else the machine does falls on all of them. Each sample is kept at once in
 benches/results/NAME.json; a command that was stopped goes on where it was, and begins anew when a program, a script or an
@@ -16,13 +16,14 @@ import time
 from pathlib import Path
 
 import decision
+import load
 import startup
 import step
 import tensor_parallel
 import whole_run
 from harness import REPOSITORY, BenchError, Place, Results, digest_of
 
-BENCHES = {"step": step, "run": whole_run, "tp": tensor_parallel, "startup": startup, "decision": decision}
+BENCHES = {"step": step, "run": whole_run, "tp": tensor_parallel, "startup": startup, "decision": decision, "load": load}
 
 
 def arguments():
@@ -31,8 +32,9 @@ def arguments():
     parser.add_argument("--quick", action="store_true", help="seconds, on a tiny model: to see that it works")
     parser.add_argument("--rounds", type=int, help="rounds of all sides [default: 3, 1 with --quick]")
     parser.add_argument("--steps", type=int, help="steps of a sample")
+    parser.add_argument("--minutes", type=float, default=15, help="how long the soak of `load` takes [default: 15]")
     parser.add_argument("--cases", help="only cases that begin so, such as smollm2")
-    parser.add_argument("--binaries", type=Path, default=REPOSITORY / "target" / "release", help="espalier, worker, examples/step")
+    parser.add_argument("--binaries", type=Path, default=REPOSITORY / "target" / "release", help="the programs")
     parser.add_argument("--scratch", type=Path, default=REPOSITORY / ".cache" / "bench", help="models, logs, runs")
     parser.add_argument("--results", type=Path, default=REPOSITORY / "benches" / "results")
     given = parser.parse_args()
@@ -72,6 +74,7 @@ def main():
         quick=given.quick,
         rounds=given.rounds or (1 if given.quick else 3),
         steps=given.steps,
+        minutes=given.minutes,
     )
     names = list(BENCHES) if "all" in given.names else given.names
     try:

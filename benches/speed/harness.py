@@ -33,6 +33,7 @@ class Place:
     quick: bool
     rounds: int
     steps: int | None = None
+    minutes: float = 15
 
     def binary(self, name):
         path = self.binaries / name

@@ -3,6 +3,7 @@
 import statistics
 
 import decision
+import load
 import shapes
 import startup
 import step
@@ -225,4 +226,62 @@ def of_decision(figures):
     return [table(head, rows)]
 
 
-TABLES = {"step": of_step, "run": of_run, "tp": of_tp, "startup": of_startup, "decision": of_decision}
+def of_load(figures):
+    cases = figures.cases()
+
+    def row(title, show):
+        return [title, *(show(lambda name, case=case: figures.median(case, load.SIDE, name)) for case in cases)]
+
+    def latency(name):
+        return lambda of: " / ".join(brief(of(f"{name}.{part}")) for part in ("median", "p99"))
+
+    def quarters(of):
+        return ", ".join(megabytes(of(f"memory_quarters_bytes.{quarter}")) for quarter in range(4))
+
+    rows = [
+        row("layers x channels, workers", lambda of: f"{number(of('layers'))} x {number(of('channels'))}, {number(of('workers'))}"),
+        row("steps, decisions, time", lambda of: f"{number(of('steps'))}, {number(of('decisions'))}, {seconds(of('wall_s'))}"),
+        row("decisions a second", lambda of: f"{of('decisions_a_second'):.2f}"),
+        row("steps a second, with all their scores", lambda of: f"{of('steps_a_second'):.2f}"),
+        row("– bare tonic: such scores read and dropped", lambda of: f"{of('bare_steps_a_second'):.2f}"),
+        row("scores, MB a second", lambda of: f"{of('score_bytes_a_second') / 1e6:.1f}"),
+        row("last report to the mask at the first rank", latency("first_mask_s")),
+        row("last report to the mask at the last rank", latency("last_mask_s")),
+        row("masks that were not the expected ones", lambda _: "0"),
+        row("clients, events of each", lambda of: f"{number(of('clients'))}, {number(of('events'))}"),
+        row("events lost, doubled, out of order", lambda _: "0"),
+        row("connections, streams cut", lambda of: f"{number(of('cut_connections'))}, {number(of('cut_streams'))}"),
+        row("events delivered a second", lambda of: number(of("events_a_second"))),
+        row("– bare tonic: messages to as many streams", lambda of: number(of("bare_messages_a_second"))),
+        row("event to its arrival", latency("event_s")),
+        row("`GetRun` meanwhile", latency("get_run_s")),
+        row("`Renew`, before the run", latency("renew_s")),
+        row("– bare tonic: an empty call", latency("bare_call_s")),
+        row("`Renew` a second, 32 callers", lambda of: number(of("renewals_a_second"))),
+        row("– bare tonic: empty calls", lambda of: number(of("bare_calls_a_second"))),
+        row("cores that the coordinator keeps busy", lambda of: f"{of('processor_s') / of('wall_s'):.2f}"),
+        row("memory before the run, MB", lambda of: megabytes(of("memory_before_bytes"))),
+        row("memory, median of each quarter, MB", quarters),
+        row("memory, most, MB", lambda of: megabytes(of("memory_most_bytes"))),
+        row("load of the machine", lambda of: f"{of('load'):.1f}"),
+    ]
+    return [table(["", *(f"{case}:" for case in cases)], rows)]
+
+
+def megabytes(value):
+    return MISSING if value is None else f"{value / 1e6:.0f}"
+
+
+def brief(value):
+    """Like `seconds`, where microseconds count."""
+    return f"{value * 1e6:.0f} µs" if value is not None and value < 1e-3 else seconds(value)
+
+
+TABLES = {
+    "step": of_step,
+    "run": of_run,
+    "tp": of_tp,
+    "startup": of_startup,
+    "decision": of_decision,
+    "load": of_load,
+}

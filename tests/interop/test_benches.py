@@ -22,18 +22,19 @@ SAID = {
     "tp": ("dense_step_s", "mask_applied_s", "checkpoint_s", "decide_s"),
     "startup": ("running_s", "load_s"),
     "decision": ("run-global",),
+    "load": ("decisions_a_second", "events_a_second", "bare_messages_a_second", "first_mask_s.median", "memory_most_bytes"),
 }
-SAMPLES = {"step": 3, "run": 7, "tp": 2, "startup": 2, "decision": 1}
+SAMPLES = {"step": 3, "run": 7, "tp": 2, "startup": 2, "decision": 1, "load": 1}
 
 sys.path[:0] = [str(SPEED), str(PACKAGES)]
 
 
 def binaries():
     """The folder with all that is measured, built last."""
-    wanted = ("espalier", "worker", "examples/step")
+    wanted = ("espalier", "worker", "coordinator", "load-bench", "examples/step")
     built = [REPOSITORY / "target" / profile for profile in ("debug", "release")]
     built = [folder for folder in built if all((folder / name).is_file() for name in wanted)]
-    assert built, "neither target/debug nor target/release has espalier, worker and examples/step: make test-interop builds them"
+    assert built, f"neither target/debug nor target/release has {', '.join(wanted)}: make test-interop builds them"
     return max(built, key=lambda folder: (folder / "espalier").stat().st_mtime)
 
 

@@ -1,9 +1,8 @@
-//! What many samples come to.
+//! What many samples come to, and numbers to draw by.
 
-use anyhow::Context as _;
 use std::time::Duration;
 
-/// Samples, sorted.
+/// Durations, sorted.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Sorted(Vec<Duration>);
 
@@ -17,6 +16,10 @@ impl Sorted {
         self.0.len()
     }
 
+    pub(crate) fn into_inner(self) -> Vec<Duration> {
+        self.0
+    }
+
     /// The sample that this share of all does not exceed; zero without samples.
     pub(crate) fn quantile(&self, share: f64) -> Duration {
         let last = self.0.len().saturating_sub(1);
@@ -25,23 +28,26 @@ impl Sorted {
     }
 }
 
-/// `1.2 ms`, `340 µs`, `2.1 s`.
-pub(crate) fn in_words(duration: Duration) -> String {
-    let seconds = duration.as_secs_f64();
-    match seconds {
-        _ if seconds >= 1.0 => format!("{seconds:.2} s"),
-        _ if seconds >= 1e-3 => format!("{:.1} ms", seconds * 1e3),
-        _ => format!("{:.0} µs", seconds * 1e6),
-    }
-}
+/// Numbers that look drawn, the same for the same seed: SplitMix64 (Steele, Lea and Flood 2014).
+#[derive(Debug, Clone)]
+pub(crate) struct Random(u64);
 
-/// Resident memory of a process, in bytes.
-pub(crate) fn resident_bytes(process_id: u32) -> anyhow::Result<u64> {
-    let text =
-        std::fs::read_to_string(format!("/proc/{process_id}/status")).context("the process is gone")?;
-    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("it has no VmRSS")?;
-    let kib: u64 = line.trim().trim_end_matches("kB").trim().parse().context("VmRSS is no number")?;
-    Ok(kib * 1024)
+impl Random {
+    pub(crate) fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let bits = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let bits = (bits ^ bits >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        bits ^ bits >> 31
+    }
+
+    /// At least 1, and `mean` on average; for 0 more than anything counts.
+    pub(crate) fn around(&mut self, mean: u64) -> u64 {
+        if mean == 0 { u64::MAX } else { 1 + self.next() % (2 * mean - 1) }
+    }
 }
 
 #[cfg(test)]
@@ -55,5 +61,15 @@ mod tests {
             assert_eq!(samples.quantile(share), Duration::from_millis(expected));
         }
         assert_eq!(Sorted::default().quantile(0.5), Duration::ZERO);
+    }
+
+    #[test]
+    fn drawn_numbers_lie_around_their_mean() {
+        let mut random = Random::new(1);
+        let drawn: Vec<u64> = (0..10_000).map(|_| random.around(50)).collect();
+        assert!(drawn.iter().all(|number| (1..100).contains(number)));
+        let mean = drawn.iter().sum::<u64>() as f64 / drawn.len() as f64;
+        assert!((49.0..51.0).contains(&mean), "{mean}");
+        assert_eq!(random.around(0), u64::MAX);
     }
 }

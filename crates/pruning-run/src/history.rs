@@ -1,10 +1,7 @@
 //! What a run's events so far amount to: from it a run goes on after the process that drove it has died.
 
-use crate::packed_mask::PackedMask;
-use crate::{
-    CheckpointRef, Decision, Generation, GuardAction, GuardVerdict, RunEvent, RunEventKind, RunState,
-};
-use pruning::KeepMask;
+use crate::masks::Masks;
+use crate::{CheckpointRef, Generation, GuardAction, GuardVerdict, RunEvent, RunEventKind, RunState};
 use std::collections::BTreeMap;
 
 /// A fold over the events of a run.
@@ -13,8 +10,8 @@ pub struct History {
     pub(crate) revision: u64,
     pub(crate) state: Option<RunState>,
     pub(crate) message: String,
-    /// By generation, from 1 on without a gap; one generation has one mask for ever.
-    decisions: Vec<Logged>,
+    /// One generation has one mask for ever.
+    pub(crate) masks: Masks,
     /// How many of the measurements of a label are done.
     measured: BTreeMap<String, usize>,
     pub(crate) dense_perplexity: Option<f64>,
@@ -29,13 +26,6 @@ pub struct History {
     pub(crate) next_step: u64,
     /// Complete and still there, oldest first.
     pub(crate) checkpoints: Vec<Kept>,
-}
-
-/// A decision, with its mask packed.
-#[derive(Debug, Clone)]
-struct Logged {
-    bare: Decision,
-    keep_mask: PackedMask,
 }
 
 /// A complete checkpoint.
@@ -60,10 +50,7 @@ impl History {
             }
             RunEventKind::Step(report) => self.next_step = report.step + 1,
             RunEventKind::Export(_) => {}
-            RunEventKind::Decision(decision) => self.decisions.push(Logged {
-                keep_mask: PackedMask::of(&decision.keep_mask),
-                bare: Decision { keep_mask: KeepMask { layers: Vec::new() }, ..decision.as_ref().clone() },
-            }),
+            RunEventKind::Decision(decision) => self.masks.push(decision),
             RunEventKind::Evaluation(evaluation) => {
                 *self.measured.entry(evaluation.label.clone()).or_default() += 1;
                 if evaluation.label == crate::measuring::DENSE {
@@ -121,21 +108,6 @@ impl History {
     /// The checkpoint to go on from.
     pub(crate) fn last_checkpoint(&self) -> Option<&Kept> {
         self.checkpoints.last()
-    }
-
-    fn logged(&self, generation: Generation) -> Option<&Logged> {
-        self.decisions.iter().find(|logged| logged.bare.generation == generation)
-    }
-
-    /// The step after which `generation` was decided, if it was.
-    pub(crate) fn decided_after(&self, generation: Generation) -> Option<u64> {
-        self.logged(generation).map(|logged| logged.bare.step)
-    }
-
-    /// What was decided as `generation`, if it was.
-    pub(crate) fn decision(&self, generation: Generation) -> Option<Decision> {
-        let Logged { bare, keep_mask } = self.logged(generation)?;
-        Some(Decision { keep_mask: keep_mask.unpacked(), ..bare.clone() })
     }
 
     /// Revision of the last event.

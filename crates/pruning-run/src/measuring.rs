@@ -119,7 +119,7 @@ impl Transition<'_> {
             && self.run.history.held_at.is_none()
             && self.run.generation > Generation(0)
             // What was decided next before a fault had been looked at.
-            && self.run.history.decided_after(self.run.generation.next()).is_none()
+            && self.run.history.masks.step(self.run.generation.next()).is_none()
     }
 
     fn judge(&mut self, measured: &Measured) {

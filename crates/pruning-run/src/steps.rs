@@ -116,10 +116,10 @@ impl Transition<'_> {
     }
 
     fn decision_is_due(&self) -> bool {
-        let decided_after = self.run.history.decided_after(self.run.generation);
+        let in_force = self.run.history.masks.step(self.run.generation);
         let due = |last| {
             self.run.setup.pruning_steps().binary_search(&last).is_ok()
-                && decided_after.is_none_or(|step| step < last)
+                && in_force.is_none_or(|step| step < last)
         };
         // What was decided before pruning was held is applied again after a fault.
         let may_prune = self.run.history.held_at.is_none_or(|held| self.run.generation < held);
@@ -143,9 +143,10 @@ impl Transition<'_> {
         let dense = setup.dense();
         let share = pruning.ramp.share_at(step, setup.recipe().steps);
         let generation = self.run.generation.next();
-        let logged = self.run.history.decision(generation);
-        let keep_mask = match &logged {
-            Some(logged) => Arc::new(logged.keep_mask.clone()),
+        let logged = self.run.history.masks.get(generation);
+        let is_new = logged.is_none();
+        let keep_mask = match logged {
+            Some(logged) => Arc::new(logged),
             None => match decide(dense, &self.run.keep_mask, average, target, share) {
                 Ok(keep_mask) => Arc::new(keep_mask),
                 Err(error) => {
@@ -160,7 +161,7 @@ impl Transition<'_> {
                 .all(|layer| keep_mask.layers[layer] == self.run.keep_mask.layers[layer]),
             "protected layers are never touched"
         );
-        let importance = logged.is_none().then(|| Arc::new(average.clone()));
+        let importance = is_new.then(|| Arc::new(average.clone()));
         average.forget_removed(&keep_mask, pruning.head_grouping);
         let decision = Decision {
             generation,

@@ -77,14 +77,14 @@ pub struct StoredPayload {
     pub payload: Vec<u8>,
 }
 
-/// A decision. Its importance can be megabytes and is read by itself.
+/// A decision. It can be megabytes, so that one is read at a time, and its importance by itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoredDecision {
     pub generation: u64,
     /// Revision of its event.
     pub revision: u64,
     pub payload: Vec<u8>,
-    /// Not filled in by [`RunStore::decisions`].
+    /// Not filled in when it is read: see [`RunStore::importance`].
     pub importance: Option<Vec<u8>>,
 }
 
@@ -412,26 +412,7 @@ impl RunStore {
         .await
     }
 
-    /// All decisions of a run by generation, without their importance.
-    ///
-    /// # Errors
-    /// When the store fails.
-    pub async fn decisions(&self, run_id: &str) -> Result<Vec<StoredDecision>, StoreError> {
-        let doing = "reading a run's decisions";
-        in_time(self.deadline, async {
-            let rows = sqlx::query(
-                "SELECT generation, revision, payload FROM decisions WHERE run_id = $1 ORDER BY generation",
-            )
-            .bind(run_id.to_owned())
-            .fetch_all(&self.pool)
-            .await
-            .map_err(failed(doing))?;
-            rows.iter().map(decision_row).collect::<Result<_, _>>().map_err(failed(doing))
-        })
-        .await
-    }
-
-    /// One decision with its importance, where that was kept.
+    /// One decision, without its importance.
     ///
     /// # Errors
     /// When the store fails.
@@ -443,17 +424,32 @@ impl RunStore {
         let doing = "reading a decision";
         in_time(self.deadline, async {
             let row = sqlx::query(
-                "SELECT generation, revision, payload, importance FROM decisions \
-                 WHERE run_id = $1 AND generation = $2",
+                "SELECT generation, revision, payload FROM decisions WHERE run_id = $1 AND generation = $2",
             )
             .bind(run_id.to_owned())
             .bind(signed(generation))
             .fetch_optional(&self.pool)
             .await
             .map_err(failed(doing))?;
-            let read =
-                |row: AnyRow| Ok(StoredDecision { importance: row.try_get(3)?, ..decision_row(&row)? });
-            row.map(read).transpose().map_err(failed(doing))
+            row.as_ref().map(decision_row).transpose().map_err(failed(doing))
+        })
+        .await
+    }
+
+    /// The importance of one decision, where that was kept.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn importance(&self, run_id: &str, generation: u64) -> Result<Option<Vec<u8>>, StoreError> {
+        let doing = "reading the importance of a decision";
+        in_time(self.deadline, async {
+            let row = sqlx::query("SELECT importance FROM decisions WHERE run_id = $1 AND generation = $2")
+                .bind(run_id.to_owned())
+                .bind(signed(generation))
+                .fetch_optional(&self.pool)
+                .await
+                .map_err(failed(doing))?;
+            row.map_or(Ok(None), |row| row.try_get(0)).map_err(failed(doing))
         })
         .await
     }

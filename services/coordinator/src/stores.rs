@@ -10,7 +10,7 @@ use run_store::{
     AuditEntry, Created, NewRun, RunStore, StoreError, StoredCheckpoint, StoredDecision, StoredRunRow,
 };
 use sha2::{Digest, Sha256};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::time::Duration;
 use tracing::warn;
 use wire::status::{Failure, Reason};
@@ -168,10 +168,6 @@ impl Stores {
         run_id: &RunId,
         mut seen: impl FnMut(StoredEvent),
     ) -> Result<History, StoresError> {
-        let mut masks: BTreeMap<u64, KeepMask> = BTreeMap::new();
-        for row in self.runs.decisions(&run_id.0).await? {
-            masks.insert(row.generation, mask_of(&row)?);
-        }
         let mut history = History::default();
         loop {
             let events = self.events(run_id, history.revision(), EVENT_PAGE).await?;
@@ -179,7 +175,8 @@ impl Stores {
             for stored in events {
                 seen(stored.clone());
                 let mask = match &stored.event.kind {
-                    RunEventKind::Decision(decision) => masks.get(&decision.generation.0).cloned(),
+                    // One at a time: all of them can be gigabytes.
+                    RunEventKind::Decision(decision) => self.keep_mask(run_id, decision.generation).await?,
                     RunEventKind::StateChange { .. }
                     | RunEventKind::Step(_)
                     | RunEventKind::Evaluation(_)
@@ -213,8 +210,7 @@ impl Stores {
         run_id: &RunId,
         generation: Generation,
     ) -> Result<Option<MovingAverage>, StoresError> {
-        let row = self.runs.decision(&run_id.0, generation.0).await?;
-        let bytes = row.and_then(|row| row.importance);
+        let bytes = self.runs.importance(&run_id.0, generation.0).await?;
         Ok(bytes.map(|bytes| unpack("importance", &bytes)).transpose()?)
     }
 
