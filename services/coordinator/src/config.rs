@@ -29,7 +29,7 @@ pub struct CoordinatorConfig {
           value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub step_deadline_seconds: u64,
     /// How long a worker at work may make no progress before it counts as stuck
-    #[arg(long, env = "ESPALIER_STALL_SECONDS", value_name = "SECONDS", default_value_t = 8,
+    #[arg(long, env = "ESPALIER_STALL_SECONDS", value_name = "SECONDS", default_value_t = 7,
           value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub stall_seconds: u64,
     /// How long a run that may go on with fewer workers waits for as many as before
@@ -53,7 +53,7 @@ impl CoordinatorConfig {
             checkpoint_dir: None,
             lease_seconds: 10,
             step_deadline_seconds: 600,
-            stall_seconds: 8,
+            stall_seconds: 7,
             regroup_seconds: 30,
             drain_seconds: 25,
         }
