@@ -1,8 +1,10 @@
 """The session of docs/kubernetes.md, typed against the processes that the chart starts: its own arguments, on this machine's CPU.
 
-What is changed: addresses are loopback's, volumes are folders, GPUs are one thread each, and LLaMA 13B is a model of 260 thousand parameters.
+What is changed: addresses are loopback's, volumes and secrets are folders, GPUs are one thread each, and LLaMA 13B is a model of 260 thousand
+parameters.
 """
 
+import contextlib
 import json
 import re
 import shlex
@@ -13,11 +15,10 @@ import time
 import urllib.error
 import urllib.request
 
-import pytest
 import yaml
-from chart_objects import option, owners, template, the_container
-from chart_values import PLAIN
-from conftest import CHART, REPOSITORY
+from chart_objects import of_kind, option, owners, template, the_container
+from chart_values import MANAGED_TLS, PLAIN
+from conftest import CHART, REPOSITORY, run
 
 FIXTURES = REPOSITORY / "tests" / "fixtures"
 DOCUMENT = (REPOSITORY / "docs" / "kubernetes.md").read_text()
@@ -70,14 +71,13 @@ class Installation:
         replaced = {
             f"0.0.0.0:{container['ports'][0]['containerPort']}": f"127.0.0.1:{self.ports[pod]}",
             f"0.0.0.0:{container['ports'][1]['containerPort']}": f"127.0.0.1:{metrics}",
-            advertised: f"http://127.0.0.1:{self.ports[pod]}",
             "cuda": "cpu",
         }
-        for each in option(container, "--coordinator"):
-            replaced[each] = f"http://{self.address}"
+        if advertised:
+            replaced[advertised] = f"{advertised.split(':')[0]}://127.0.0.1:{self.ports[pod]}"
         for each in option(container, "--threads"):
             replaced[each] = "1"
-        arguments = [replaced.get(each, self.path(each)) for each in container["args"]]
+        arguments = self.arguments(spec, replaced)
         environment = {each["name"]: each.get("value", pod) for each in container["env"] if not each["name"].startswith("NCCL_")}
         binary = REPOSITORY / "target" / "debug" / container["name"]
         assert binary.is_file(), f"{binary} is missing; `make test-deploy` builds it"
@@ -86,6 +86,21 @@ class Installation:
         self.processes.append((pod, process))
         self.grace[pod] = spec["terminationGracePeriodSeconds"]
         self.ready.append(f"http://127.0.0.1:{metrics}/readyz")
+
+    def arguments(self, spec, replaced):
+        """A container's, for this machine."""
+        container = the_container(spec)
+        secrets = {each["name"]: each["secret"]["secretName"] for each in spec["volumes"] if "secret" in each}
+        mounts = {each["mountPath"]: f"{self.folder}/secrets/{secrets[each['name']]}" for each in container["volumeMounts"] if each["name"] in secrets}
+        for each in option(container, "--coordinator"):
+            # By a name that its certificate has.
+            replaced[each] = f"{each.split(':')[0]}://localhost:{self.address.split(':')[1]}"
+
+        def here(argument):
+            folder, _, name = argument.rpartition("/")
+            return f"{mounts[folder]}/{name}" if folder in mounts else self.path(argument)
+
+        return [replaced.get(each, here(each)) for each in container["args"]]
 
     def path(self, argument):
         """A path of the pods, where it is here."""
@@ -120,16 +135,17 @@ class Installation:
         return statuses
 
 
-@pytest.fixture(scope="module")
-def installation(render, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cluster")
+def volumes(folder):
     for name in ("models", "data", "out", "var/lib/espalier"):
         (folder / name).mkdir(parents=True)
     shutil.copytree(FIXTURES / "models" / "stories260k", folder / "models" / "llama-13b")
     shutil.copy(FIXTURES / "text" / "tinystories.txt", folder / "data" / "train.txt")
     shutil.copy(FIXTURES / "text" / "held_out.txt", folder / "data" / "test.txt")
-    values = yaml.safe_load((CHART / "values" / "llama-13b-4-gpus.yaml").read_text())
-    installation = Installation(render({**PLAIN, **values}), folder)
+
+
+@contextlib.contextmanager
+def installed(objects, folder):
+    installation = Installation(objects, folder)
     try:
         installation.wait()
         yield installation
@@ -152,7 +168,8 @@ def small(spec, installation):
     return spec
 
 
-def test_the_documented_session_prunes_a_model_on_what_the_chart_starts(installation, tmp_path):
+def prune(installation, tmp_path, client):
+    """Types the documented commands, with `client` as the environment of the command line."""
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(small(documented_run(), installation)))
     shutil.copy(installation.folder / "models" / "llama-13b" / "config.json", tmp_path)
     binary = REPOSITORY / "target" / "debug" / "espalier"
@@ -162,7 +179,7 @@ def test_the_documented_session_prunes_a_model_on_what_the_chart_starts(installa
         done = subprocess.run(
             [binary, *words],
             cwd=tmp_path,
-            env={"ESPALIER_COORDINATOR_URL": f"http://{installation.address}"},
+            env=client,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -170,7 +187,6 @@ def test_the_documented_session_prunes_a_model_on_what_the_chart_starts(installa
             check=False,
         )
         assert done.returncode == 0, (words, done.stdout, done.stderr, installation.log())
-        print(f"$ espalier {' '.join(words)}\n{done.stdout}{done.stderr}")
         said[words[0]] = done.stdout
         if words[0] == "create" and "--validate-only" not in words:
             name = re.search(r"[0-9a-f]{8}-[0-9a-f-]{27}|run-[a-z0-9-]+", done.stdout)[0]
@@ -181,3 +197,68 @@ def test_the_documented_session_prunes_a_model_on_what_the_chart_starts(installa
     assert pruned["num_key_value_heads"] * 2 == dense["num_key_value_heads"]
     # Half, as far as it divides over four devices.
     assert 0 <= dense["intermediate_size"] / 2 - pruned["intermediate_size"] < 4
+
+
+def test_the_documented_session_prunes_a_model_on_what_the_chart_starts(render, tmp_path):
+    values = yaml.safe_load((CHART / "values" / "llama-13b-4-gpus.yaml").read_text())
+    cluster = tmp_path / "cluster"
+    volumes(cluster)
+    with installed(render({**PLAIN, **values}), cluster) as installation:
+        prune(installation, tmp_path, {"ESPALIER_COORDINATOR_URL": f"http://{installation.address}"})
+
+
+def secrets(objects, folder):
+    """What cert-manager would issue for the chart's Certificates, by an authority of our own, and two people's tokens."""
+
+    def openssl(*arguments):
+        done = run("openssl", *arguments, cwd=folder)
+        assert done.returncode == 0, done.stderr
+
+    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
+    openssl("req", "-x509", *curve, "-days", "2", "-keyout", "ca.key", "-out", "ca.crt", "-subj", "/CN=trial")
+    for certificate in of_kind(objects, "Certificate"):
+        spec = certificate["spec"]
+        secret = folder / spec["secretName"]
+        secret.mkdir()
+        names = [f"DNS:{name}" for name in spec["dnsNames"]]
+        if "localhost" not in spec["dnsNames"]:
+            # Here workers have no names.
+            names.append("IP:127.0.0.1")
+        (folder / "san").write_text(f"subjectAltName={','.join(names)}\n")
+        openssl("req", *curve, "-keyout", secret / "tls.key", "-out", "own.csr", "-subj", "/")
+        signed = ("-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-extfile", "san")
+        openssl("x509", "-req", "-in", "own.csr", *signed, "-out", secret / "tls.crt")
+        shutil.copy(folder / "ca.crt", secret)
+    lines = []
+    for role in ("read", "operate"):
+        done = run(REPOSITORY / "target" / "debug" / "espalier", "token", "create", "--name", role, "--role", role)
+        assert done.returncode == 0, done.stderr
+        (shown,) = re.findall(r"^espalier_\w+$", done.stdout, re.MULTILINE)
+        lines += re.findall(rf"^{role} {role} sha256:\w+$", done.stdout, re.MULTILINE)
+        (folder / role).mkdir()
+        (folder / role / "token").write_text(shown)
+    (folder / "tokens").mkdir()
+    (folder / "tokens" / "tokens").write_text("\n".join(lines) + "\n")
+
+
+def test_the_same_with_tls_and_tokens_and_the_pod_of_helm_test(render, tmp_path):
+    values = yaml.safe_load((CHART / "values" / "llama-13b-4-gpus.yaml").read_text())
+    objects = render({**values, "tls": MANAGED_TLS, "tokensSecret": "tokens", "testTokenSecret": "read"})
+    cluster = tmp_path / "cluster"
+    volumes(cluster)
+    (cluster / "secrets").mkdir()
+    secrets(objects, cluster / "secrets")
+    with installed(objects, cluster) as installation:
+        (hook,) = of_kind(objects, "Pod")
+        binary = REPOSITORY / "target" / "debug" / "espalier"
+        listed = run(binary, *installation.arguments(hook["spec"], {}))
+        assert listed.returncode == 0, listed.stderr
+        assert listed.stdout.count("idle") == 4, listed.stdout
+        authority, token = cluster / "secrets" / "ca.crt", cluster / "secrets" / "operate" / "token"
+        client = {
+            "ESPALIER_COORDINATOR_URL": f"https://localhost:{installation.address.split(':')[1]}",
+            "ESPALIER_TLS_CA": str(authority),
+        }
+        stranger = run(binary, "workers", env=client)
+        assert stranger.returncode != 0 and "token" in stranger.stderr, stranger.stderr
+        prune(installation, tmp_path, {**client, "ESPALIER_TOKEN_FILE": str(token)})
