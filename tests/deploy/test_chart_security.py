@@ -47,6 +47,7 @@ def test_pods_get_no_token_for_the_kubernetes_api(objects):
 def test_services_and_policies_select_the_pods_that_they_are_named_after(objects):
     sets = owners(objects)
     labels = {each["metadata"]["name"]: template(each)["metadata"]["labels"] for each in sets}
+    labels |= {each["metadata"]["name"]: each["metadata"]["labels"] for each in of_kind(objects, "Pod")}
     selectors = {
         "Service": lambda spec: spec["selector"],
         "NetworkPolicy": lambda spec: spec["podSelector"]["matchLabels"],
@@ -65,7 +66,7 @@ def test_services_and_policies_select_the_pods_that_they_are_named_after(objects
 
 def test_only_the_named_reach_each_port(render):
     policies = {each["metadata"]["name"]: each["spec"] for each in of_kind(render(PLAIN), "NetworkPolicy")}
-    assert sorted(policies) == ["trial-espalier-coordinator", "trial-espalier-worker-cpu"]
+    assert sorted(policies) == ["trial-espalier-coordinator", "trial-espalier-test", "trial-espalier-worker-cpu"]
     for spec in policies.values():
         assert sorted(spec["policyTypes"]) == ["Egress", "Ingress"]
         assert all("from" in rule and rule["from"] for rule in spec["ingress"])
@@ -78,6 +79,12 @@ def test_only_the_named_reach_each_port(render):
     from_pods = [rule["from"][0]["podSelector"]["matchLabels"] for rule in to_worker if "podSelector" in rule["from"][0]]
     components = [labels["app.kubernetes.io/component"] for labels in from_pods]
     assert components == ["coordinator", "worker"]
+
+
+def test_every_pod_has_a_policy(objects):
+    policies = {each["metadata"]["name"] for each in of_kind(objects, "NetworkPolicy")}
+    if policies:
+        assert policies == {name for name, _ in all_pods(objects)}
 
 
 def outside(policy):

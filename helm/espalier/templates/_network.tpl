@@ -28,8 +28,7 @@
 {{- $ports | uniq | join " " -}}
 {{- end -}}
 
-{{/* What every pod of a component may reach besides its own kind: names, and the services that it was told of. */}}
-{{- define "espalier.commonEgress" -}}
+{{- define "espalier.namesEgress" -}}
 - to:
     - namespaceSelector: {}
   ports:
@@ -37,6 +36,11 @@
       port: 53
     - protocol: TCP
       port: 53
+{{- end -}}
+
+{{/* What every pod of a component may reach besides its own kind: names, and the services that it was told of. */}}
+{{- define "espalier.commonEgress" -}}
+{{ include "espalier.namesEgress" .root }}
 {{- with include "espalier.servicePorts" . }}
 - to:
     {{- toYaml $.root.Values.networkPolicy.services | nindent 4 }}
