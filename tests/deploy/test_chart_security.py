@@ -104,6 +104,16 @@ def outside(policy):
         ({"objectStore": {"roots": ["s3://runs"], "endpoint": "http://minio"}}, [80], [80]),
         ({"telemetry": {"otlpEndpoint": "http://collector:4317"}}, [4317], [4317]),
         ({"volumes": {"models": {"download": {"image": "x", "command": ["fetch"]}}}}, [443], [443]),
+        (
+            {
+                "postgres": {"secret": "pg"},
+                "networkPolicy": {"postgresPort": 6432},
+                "objectStore": {"roots": ["s3://runs"]},
+                "telemetry": {"otlpEndpoint": "https://collector.example.com"},
+            },
+            [6432, 443],
+            [443],
+        ),
     ],
 )
 def test_pods_reach_the_services_that_they_were_told_of_and_no_others(render, values, coordinator, worker):
