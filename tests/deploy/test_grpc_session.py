@@ -1,7 +1,6 @@
-"""The session of docs/operations.md, typed against a real coordinator and a real worker.
+"""The session of docs/operations.md, typed through `grpcurl` against a real coordinator and a real worker.
 
-Every line goes through `grpcurl` where that is installed, else through `buf curl`, which speaks the same protocol by the same
-reflection. Nothing here has the schema but from the server.
+Nothing here has the schema but from the server.
 """
 
 import base64
@@ -110,28 +109,8 @@ class Deployment:
         return word
 
     def command(self, words):
-        """A grpcurl command with this deployment's names in it, for the client that is here."""
-        words = [self.fill_in(word) for word in words]
-        if grpcurl := shutil.which("grpcurl"):
-            return [grpcurl, *words]
-        buf_curl = [tool("buf"), "curl", "--protocol", "grpc", "--http2-prior-knowledge", "--reflect"]
-        data = []
-        operands = []
-        left = iter(words)
-        for word in left:
-            if word == "-d":
-                data = ["-d", next(left)]
-            elif word != "-plaintext":
-                operands.append(word)
-        match operands:
-            case [address, "list"]:
-                return [*buf_curl, "--list-services", f"http://{address}"]
-            case [address, "list", _service]:
-                # Of all services; whoever asks picks this one's.
-                return [*buf_curl, "--list-methods", f"http://{address}"]
-            case [address, method] if "/" in method:
-                return [*buf_curl, *data, f"http://{address}/{method}"]
-        raise AssertionError(f"no such command is known: {words}")
+        """A grpcurl command with this deployment's names in it."""
+        return [tool("grpcurl"), *(self.fill_in(word) for word in words)]
 
     def begin(self, words):
         """Starts a call that goes on while others are made."""
@@ -232,15 +211,10 @@ def test_the_documented_session_shows_every_call_and_every_call_answers(deployme
     # What there is.
     services = session.lines("list")
     assert {"espalier.v1.RunService", "espalier.v1.RegistryService", "grpc.health.v1.Health"} <= set(services)
-    listed = [line for line in session.lines("list") if line.startswith("espalier.v1.RunService")]
-    methods = {line.replace("/", ".").rsplit(".", 1)[-1] for line in listed}
+    methods = {line.removeprefix("espalier.v1.RunService.") for line in session.lines("list")}
     assert len(methods) == 17 and {"CreateRun", "DownloadArtifact"} <= methods
-    described = session.next("describe")
-    if shutil.which("grpcurl"):
-        done = run(*deployment.command(described))
-        assert done.returncode == 0 and "training_data" in done.stdout, done.stderr
-    message = reflected(deployment).FindMessageTypeByName(described[-1])
-    assert {"model", "training_data", "recipe"} <= set(message.fields_by_name)
+    described = session.lines("describe")
+    assert any("training_data" in line for line in described)
     assert session.answer("Check") == {"status": "SERVING"}
     (worker,) = session.answer("ListWorkers")["workers"]
     assert worker["info"]["id"] == "worker-1" and worker["info"]["device"] == "cpu" and "runId" not in worker
@@ -353,11 +327,11 @@ def in_order(wanted, found):
 
 
 def assert_refused(text, word, reason):
-    """A status as grpcurl prints it, or as buf does: with its details as bytes in Base64."""
+    """A status as grpcurl prints it, with its details as bytes in Base64 where it does not know their types."""
     assert word in text
     assert re.search(r"not_?found", text, re.IGNORECASE)
     if reason not in text:
-        (value,) = re.findall(r'"value": "([A-Za-z0-9+/=]+)"', text)
+        (value,) = re.findall(r'"@value":"([A-Za-z0-9+/=]+)"', text)
         info = error_details_pb2.ErrorInfo.FromString(base64.b64decode(value + "=" * (-len(value) % 4)))
         assert (info.domain, info.reason) == ("espalier", reason)
 
