@@ -21,7 +21,7 @@ import startup
 import step
 import tensor_parallel
 import whole_run
-from harness import REPOSITORY, BenchError, Place, Results, digest_of
+from harness import REPOSITORY, BenchError, Place, Results, digest_of, stop_all
 
 BENCHES = {"step": step, "run": whole_run, "tp": tensor_parallel, "startup": startup, "decision": decision, "load": load}
 
@@ -82,6 +82,8 @@ def main():
             measure(name, place, given.cases or "")
     except BenchError as error:
         sys.exit(f"error: {error}")
+    finally:
+        stop_all()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What every bench needs: child processes with their cost, samples that survive an interruption, the machine."""
 
 import collections
+import contextlib
 import datetime
 import hashlib
 import json
@@ -56,11 +57,14 @@ class Finished:
         raise BenchError("a script ended without its JSON line")
 
 
+STARTED = []
+
+
 def start(command, log):
     """A child in a process group of its own; standard output and error go to `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as file:
-        return subprocess.Popen(
+    with log.open("wb") as file, held_back(signal.SIGTERM):
+        process = subprocess.Popen(
             [str(word) for word in command],
             cwd=REPOSITORY,
             stdin=subprocess.DEVNULL,
@@ -68,6 +72,27 @@ def start(command, log):
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        STARTED.append(process)
+    return process
+
+
+@contextlib.contextmanager
+def held_back(number):
+    """Whatever the signal's handler does, it does after the block: a child that has been started is known by then."""
+    came = []
+    before = signal.signal(number, lambda *_: came.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+        if came:
+            signal.raise_signal(number)
+
+
+def stop_all():
+    """Ends all children that have not ended."""
+    for process in STARTED:
+        stop(process)
 
 
 def wait(process, deadline_s):
@@ -87,8 +112,10 @@ def stop(process):
     for sent, patience_s in ((signal.SIGINT, 20), (signal.SIGKILL, 20)):
         if process.returncode is not None:
             return
-        os.killpg(process.pid, sent)
-        wait(process, patience_s)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, sent)
+        with contextlib.suppress(ChildProcessError):
+            wait(process, patience_s)
 
 
 def finish(process, command, log, deadline_s):
