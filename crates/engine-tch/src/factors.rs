@@ -100,6 +100,11 @@ impl FactorLayout {
         self.places.len()
     }
 
+    /// Projections with an adapter.
+    pub(crate) fn pair_count(&self) -> i64 {
+        (self.places.len() * Projection::ALL.len()) as i64
+    }
+
     /// The view of one factor in a flat tensor of this layout.
     pub(crate) fn view(
         &self,

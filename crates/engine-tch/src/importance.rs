@@ -5,6 +5,7 @@
 //! Ghat = dB A + B dA - dB dA = [dB | B] [A - dA ; dA]     rank 2r      (arXiv:2305.18403, eq. 9, eta = 1)
 //! W    = W0 + s B A
 //! code: sum |Ghat * W|      paper: sum (Ghat * W)^2      taylor: sum |G * W|      magnitude: sum |W|
+//! tangent: as code, with the gradients of `tangent` and without dB dA
 //! wanda: sum W^2 sum x^2, of o and down alone
 //! ```
 //!
@@ -120,12 +121,23 @@ fn projection_sums(
     let kind = a.kind();
     let (_, columns) = weight.size2()?;
     let tile_rows = (inputs.tile_elements / columns.max(1)).clamp(1, rows.max(1));
-    if let Criterion::LoraPrune { form } = criterion
+    let form = match criterion {
+        Criterion::LoraPrune { form } => Some(form),
+        Criterion::Tangent => Some(LoraPruneForm::Code),
+        Criterion::Taylor | Criterion::Magnitude | Criterion::Wanda | Criterion::Random => None,
+    };
+    if let Some(form) = form
         && scores::takes(&a)
     {
         let (grad_a, grad_b) = (factor(inputs.gradients, Factor::A)?, factor(inputs.gradients, Factor::B)?);
-        let guided =
-            GuidedFactors { a: &a, grad_a: &grad_a, b: &b, grad_b: &grad_b, scaling: inputs.scaling };
+        let guided = GuidedFactors {
+            a: &a,
+            stepped_a: &stepped_a(criterion, &a, &grad_a)?,
+            grad_a: &grad_a,
+            b: &b,
+            grad_b: &grad_b,
+            scaling: inputs.scaling,
+        };
         // What is held as it is read needs no tiles.
         let (tile_rows, held) = match weight {
             FrozenWeight::Dense(weight) => (rows, weight.kind()),
@@ -159,9 +171,10 @@ fn projection_sums(
         return on_cuda::low_rank_sums(on.as_ref(), &scored, sums, form == LoraPruneForm::Paper);
     }
     let guide = match criterion {
-        Criterion::LoraPrune { .. } => {
+        Criterion::LoraPrune { .. } | Criterion::Tangent => {
             let (da, db) = (factor(inputs.gradients, Factor::A)?, factor(inputs.gradients, Factor::B)?);
-            Some((Tensor::f_cat(&[&db, &b], 1)?, Tensor::f_cat(&[&a.f_sub(&da)?, &da], 0)?))
+            let stepped_a = stepped_a(criterion, &a, &da)?;
+            Some((Tensor::f_cat(&[&db, &b], 1)?, Tensor::f_cat(&[&stepped_a, &da], 0)?))
         }
         Criterion::Taylor | Criterion::Magnitude | Criterion::Wanda | Criterion::Random => None,
     };
@@ -182,7 +195,9 @@ fn projection_sums(
                 "the {criterion:?} criterion needs sums that the passes of this step did not keep"
             )));
         }
-        (Criterion::LoraPrune { .. } | Criterion::Magnitude | Criterion::Random, _) => (None, None),
+        (Criterion::LoraPrune { .. } | Criterion::Tangent | Criterion::Magnitude | Criterion::Random, _) => {
+            (None, None)
+        }
     };
     let scaled_b = b.f_mul_scalar(inputs.scaling)?;
 
@@ -202,6 +217,7 @@ fn projection_sums(
         let scores = match criterion {
             Criterion::LoraPrune { form: LoraPruneForm::Paper } | Criterion::Wanda => scores.f_square_()?,
             Criterion::LoraPrune { form: LoraPruneForm::Code }
+            | Criterion::Tangent
             | Criterion::Taylor
             | Criterion::Magnitude
             | Criterion::Random => scores.f_abs_()?,
@@ -222,6 +238,11 @@ fn projection_sums(
             None => Ok(column_sums),
         },
     }
+}
+
+/// What `dB` is multiplied by: `A - dA`, or `A` where there is no term of both gradients.
+fn stepped_a(criterion: Criterion, a: &Tensor, grad_a: &Tensor) -> Result<Tensor> {
+    Ok(if criterion == Criterion::Tangent { a.shallow_clone() } else { a.f_sub(grad_a)? })
 }
 
 /// The kernels of the device that holds `a` `[rank, columns]`, where its factors fit into a thread's registers.

@@ -13,6 +13,7 @@ mod factors;
 mod fault;
 mod ffi;
 mod frozen;
+mod gram;
 mod importance;
 mod layer;
 mod loss;
@@ -27,6 +28,7 @@ mod shard;
 mod shrink;
 mod source;
 mod state_file;
+mod tangent;
 mod teacher;
 
 pub use device::{DeviceError, DeviceMemory, device_memory, open_device, reset_peak, synchronize};

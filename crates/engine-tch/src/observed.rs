@@ -60,7 +60,9 @@ impl Observed {
                 o: zeros(&[layer.o.size2()?.1])?,
                 down: zeros(&[layer.channels])?,
             })),
-            Criterion::LoraPrune { .. } | Criterion::Magnitude | Criterion::Random => None,
+            Criterion::LoraPrune { .. } | Criterion::Tangent | Criterion::Magnitude | Criterion::Random => {
+                None
+            }
         })
     }
 

@@ -1,23 +1,49 @@
-//! AdamW on the flat factors, by libtorch's fused operator.
+//! The optimizers of the flat factors, and what they remember.
+
+pub(crate) mod lora_rite;
 
 use crate::fault::{Fault, Result};
 use crate::ffi;
-use recipe::AdamW;
+use lora_rite::PairMoments;
+use recipe::{AdamW, Optimizer};
 use tch::{Device, Kind, Tensor};
 
-/// First and second moments, flat like the factors.
+/// What an optimizer remembers from step to step.
 pub(crate) struct Moments {
-    pub(crate) exp_avg: Tensor,
-    pub(crate) exp_avg_sq: Tensor,
+    /// Two tensors, flat like the factors, so that they are sliced and moved as the factors are: AdamW's first and second
+    /// moments; LoRA-RITE's first moments and the bases that they are in.
+    pub(crate) flats: [Tensor; 2],
+    /// LoRA-RITE's second moments.
+    pub(crate) pairs: Option<PairMoments>,
     /// Updates taken.
     pub(crate) updates: u64,
 }
 
 impl Moments {
-    pub(crate) fn zeros_like(factors: &Tensor) -> Result<Self> {
-        Ok(Self { exp_avg: factors.f_zeros_like()?, exp_avg_sq: factors.f_zeros_like()?, updates: 0 })
+    /// Those of no step yet, for `pair_count` pairs of factors of `lora_rank`.
+    pub(crate) fn zeros(
+        optimizer: &Optimizer,
+        factors: &Tensor,
+        pair_count: i64,
+        lora_rank: i64,
+    ) -> Result<Self> {
+        let pairs = match optimizer {
+            Optimizer::AdamW(_) => None,
+            Optimizer::LoraRite(_) => Some(PairMoments::zeros(pair_count, lora_rank, factors.device())?),
+        };
+        Ok(Self { flats: [factors.f_zeros_like()?, factors.f_zeros_like()?], pairs, updates: 0 })
     }
 
+    /// Prefixes under which checkpoints keep the flat tensors.
+    pub(crate) fn names(optimizer: &Optimizer) -> [&'static str; 2] {
+        match optimizer {
+            Optimizer::AdamW(_) => ["exp_avg", "exp_avg_sq"],
+            Optimizer::LoraRite(_) => ["rite_moment", "rite_basis"],
+        }
+    }
+
+    /// By libtorch's fused operator.
+    ///
     /// ```text
     /// p <- p (1 - lr wd)     m <- b1 m + (1 - b1) g     v <- b2 v + (1 - b2) g^2
     /// p <- p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
@@ -32,13 +58,14 @@ impl Moments {
         self.updates += 1;
         let step = Tensor::f_full([1i64; 0], self.updates as f64, (Kind::Float, Device::Cpu))?;
         let step = step.f_to_device(factors.device())?;
+        let [first, second] = &self.flats;
         // SAFETY: all five are live tensors; the operator works in place on the first, third and fourth.
         let message = unsafe {
             ffi::esp_fused_adamw(
                 ffi::raw(factors),
                 ffi::raw(gradients),
-                ffi::raw(&self.exp_avg),
-                ffi::raw(&self.exp_avg_sq),
+                ffi::raw(first),
+                ffi::raw(second),
                 ffi::raw(&step),
                 learning_rate,
                 adamw.beta1,

@@ -69,11 +69,12 @@ impl Restored {
         shard.moments.updates = first.updates;
         shard.skipped = first.skipped;
         shard.teacher = Teacher::restored(first)?;
-        for (prefix, flat) in [
-            ("lora", &shard.factors),
-            ("exp_avg", &shard.moments.exp_avg),
-            ("exp_avg_sq", &shard.moments.exp_avg_sq),
-        ] {
+        if let Some(pairs) = &mut shard.moments.pairs {
+            for (name, tensor) in pairs.named() {
+                tensor.f_copy_(&first.tensor(name)?.f_to_device(shard.device)?)?;
+            }
+        }
+        for (prefix, flat) in shard.flats() {
             for layer in 0..shard.layout.layer_count() {
                 for projection in Projection::ALL {
                     for factor in Factor::BOTH {

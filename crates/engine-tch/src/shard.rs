@@ -4,7 +4,7 @@ use crate::communicator::{Alone, Communicator, Gloo, Meeting, Nccl, ReduceOp, St
 use crate::device;
 use crate::dropout::Dropout;
 use crate::export;
-use crate::factors::{Factor, FactorLayout};
+use crate::factors::{Factor, FactorLayout, is_replicated};
 use crate::fault::{Fault, Result};
 use crate::frozen::FrozenFormat;
 use crate::importance::{self, LiveGroups, ScoreInputs};
@@ -12,9 +12,11 @@ use crate::memory;
 use crate::model::{Adapters, Model, Training};
 use crate::observed::Observed;
 use crate::optimizer::Moments;
+use crate::optimizer::lora_rite::{self, Rule, Side};
 use crate::restore::Restored;
 use crate::source::{Source, compute_kind};
 use crate::state_file;
+use crate::tangent;
 use crate::teacher::Teacher;
 use engine::{
     CollectiveBackend, Engine, EngineError, ExportJob, ExportWritten, MOST_SKIPPED, MaskApplied, NllSum,
@@ -154,11 +156,12 @@ impl Shard {
         source.release_pages();
         let layout = FactorLayout::new(spec, held, setup.recipe.lora.rank);
         let master = if compute == Kind::Double { Kind::Double } else { Kind::Float };
+        let lora_rank = setup.recipe.lora.rank as i64;
         let factors = layout.fresh(spec, held, setup.recipe.seed, master, device)?;
         let live = held.iter().map(|_| LiveGroups::default()).collect();
         let keep_mask = KeepMask::full(spec);
         let mut shard = Self {
-            moments: Moments::zeros_like(&factors)?,
+            moments: Moments::zeros(&setup.recipe.optimizer, &factors, layout.pair_count(), lora_rank)?,
             gradients: factors.f_zeros_like()?,
             observed: None,
             source,
@@ -251,7 +254,8 @@ impl Shard {
             let fault = self.name_bad_gradient(step, grad_norm)?;
             return self.skip(step, loss, grad_norm, fault, times);
         }
-        if let Some(max_norm) = recipe.max_grad_norm {
+        // LoRA-RITE bounds another norm.
+        if let (Some(max_norm), Optimizer::AdamW(_)) = (recipe.max_grad_norm, &recipe.optimizer) {
             let _ = self.gradients.f_mul_scalar_((max_norm / (grad_norm + 1e-6)).min(1.0))?;
         }
         let started = Instant::now();
@@ -261,8 +265,7 @@ impl Shard {
         };
         let score_time = started.elapsed();
         let learning_rate = recipe.learning_rate_at(step);
-        let Optimizer::AdamW(adamw) = &recipe.optimizer;
-        self.moments.adamw_step(&mut self.factors, &self.gradients, learning_rate, adamw)?;
+        self.update(step, learning_rate)?;
         times.optimizer = passed.elapsed().saturating_sub(score_time);
         self.skipped = 0;
         Ok(StepOutcome {
@@ -274,6 +277,83 @@ impl Shard {
             score_time,
             phase_times: times,
         })
+    }
+
+    /// Steps the factors by their gradients.
+    fn update(&mut self, step: u64, learning_rate: f64) -> Result<()> {
+        let recipe = self.setup.recipe.clone();
+        match &recipe.optimizer {
+            Optimizer::AdamW(adamw) => {
+                self.moments.adamw_step(&mut self.factors, &self.gradients, learning_rate, adamw)
+            }
+            Optimizer::LoraRite(choice) => {
+                let pairs = self.pairs()?;
+                self.moments.updates += 1;
+                let Some(moments) = &mut self.moments.pairs else {
+                    return Err(Fault::Refused("the shard was loaded for another optimizer".into()));
+                };
+                let rule = Rule {
+                    choice,
+                    escaped_mass: choice.escaped_mass.unwrap_or(recipe.pruning.is_some()),
+                    learning_rate,
+                    max_norm: recipe.max_grad_norm,
+                    update: self.moments.updates,
+                };
+                let taken = lora_rite::step(&pairs, moments, &rule, self.communicator.as_mut())?;
+                tracing::debug!(step, norm = taken.norm, "unmagnified gradients");
+                if taken.left_out > 0 {
+                    tracing::warn!(
+                        step,
+                        factors = taken.left_out,
+                        "no step: the RMS exceeds optimizer.max_rms"
+                    );
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// The factors of all projections with what LoRA-RITE remembers of them.
+    fn pairs(&self) -> Result<Vec<lora_rite::Pair>> {
+        let spec = self.source.spec();
+        let [moments, bases] = &self.moments.flats;
+        let mut pairs = Vec::new();
+        for (layer, kept) in self.keep_mask.layers.iter().enumerate() {
+            for projection in Projection::ALL {
+                let kept = match projection {
+                    Projection::Q | Projection::O => kept.query_heads.len() * spec.head_dim,
+                    Projection::K | Projection::V => kept.kv_heads.len() * spec.head_dim,
+                    Projection::Gate | Projection::Up | Projection::Down => kept.channels.len(),
+                };
+                let side = |factor| -> Result<Side> {
+                    let view = |flat| -> Result<Tensor> {
+                        let view = self.layout.view(flat, layer, projection, factor)?;
+                        Ok(match factor {
+                            Factor::A => view.f_tr()?,
+                            Factor::B => view,
+                        })
+                    };
+                    let split = !is_replicated(projection, factor);
+                    Ok(Side {
+                        factor: view(&self.factors)?,
+                        gradient: view(&self.gradients)?,
+                        moment: view(moments)?,
+                        basis: view(bases)?,
+                        rows: if split { kept } else { spec.hidden_size },
+                        split,
+                    })
+                };
+                pairs.push([side(Factor::B)?, side(Factor::A)?]);
+            }
+        }
+        Ok(pairs)
+    }
+
+    /// The tensors that are laid out like the factors, by the prefix under which checkpoints keep them.
+    pub(crate) fn flats(&self) -> [(&'static str, &Tensor); 3] {
+        let [first, second] = Moments::names(&self.setup.recipe.optimizer);
+        let [of_first, of_second] = &self.moments.flats;
+        [("lora", &self.factors), (first, of_first), (second, of_second)]
     }
 
     /// Ends a step that cannot be taken, unless too many before it could not be either.
@@ -336,16 +416,26 @@ impl Shard {
     }
 
     pub(crate) fn scores(
-        &self,
+        &mut self,
         step: u64,
         criterion: Criterion,
         tile_elements: i64,
     ) -> Result<Vec<ProjectionScores>> {
         let _span = tracing::info_span!("score pass", step).entered();
+        let gradients = match criterion {
+            Criterion::Tangent => {
+                tangent::gradients(&self.layout, &self.factors, &self.gradients, self.communicator.as_mut())?
+            }
+            Criterion::LoraPrune { .. }
+            | Criterion::Taylor
+            | Criterion::Magnitude
+            | Criterion::Wanda
+            | Criterion::Random => self.gradients.shallow_clone(),
+        };
         let inputs = ScoreInputs {
             layout: &self.layout,
             factors: &self.factors,
-            gradients: &self.gradients,
+            gradients: &gradients,
             observed: self.observed.as_deref(),
             scaling: self.setup.recipe.lora.scaling(),
             head_dim: self.source.spec().head_dim as i64,

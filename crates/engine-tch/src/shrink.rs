@@ -80,6 +80,16 @@ impl Shard {
                 Ok(Tensor::f_from_slice(&ones)?.f_to_kind(compute)?.f_to_device(shard.o.device())?)
             };
             let (heads, channels) = (keep(Projection::O)?, keep(Projection::Down)?);
+            // What the factors' removed features hold reaches no output, but products of whole factors.
+            for projection in Projection::ALL {
+                let keep = keep(projection)?
+                    .f_to_kind(self.factors.kind())?
+                    .f_unsqueeze(1 - split_dim(projection))?;
+                for flat in [&self.factors].into_iter().chain(&self.moments.flats) {
+                    let _ =
+                        self.layout.view(flat, layer, projection, split_factor(projection))?.f_mul_(&keep)?;
+                }
+            }
             shard.head_keep = Some(heads);
             shard.channel_keep = Some(channels);
             let among = |live: &[usize], held: &[usize]| -> Result<Option<Tensor>> {
@@ -138,7 +148,8 @@ impl Shard {
         self.observed = None;
 
         let layout = FactorLayout::new(&spec, then, self.setup.recipe.lora.rank);
-        let old = [&self.factors, &self.moments.exp_avg, &self.moments.exp_avg_sq].map(Tensor::shallow_clone);
+        let [first, second] = &self.moments.flats;
+        let old = [&self.factors, first, second].map(Tensor::shallow_clone);
         let exchanged = self.exchange(&old, &moves)?;
         let mut new = Vec::with_capacity(old.len());
         for (index, old) in old.iter().enumerate() {
@@ -171,12 +182,11 @@ impl Shard {
             }
             new.push(flat);
         }
-        let [factors, exp_avg, exp_avg_sq] = <[Tensor; 3]>::try_from(new)
+        let [factors, first, second] = <[Tensor; 3]>::try_from(new)
             .map_err(|_| Fault::Refused("a mask must carry factors and both moments along".into()))?;
         self.gradients = factors.f_zeros_like()?;
         self.factors = factors;
-        self.moments.exp_avg = exp_avg;
-        self.moments.exp_avg_sq = exp_avg_sq;
+        self.moments.flats = [first, second];
         self.layout = layout;
         self.placement = next;
         drop(old);

@@ -63,12 +63,7 @@ impl State {
 
 fn taken(shard: &mut Shard, prompts: &[Vec<u32>]) -> Result<State> {
     let mut tensors: Vec<(String, Vec<usize>, Dtype, Vec<u8>)> = Vec::new();
-    let flats = [
-        ("lora", &shard.factors),
-        ("exp_avg", &shard.moments.exp_avg),
-        ("exp_avg_sq", &shard.moments.exp_avg_sq),
-    ];
-    for (prefix, flat) in flats {
+    for (prefix, flat) in shard.flats() {
         for layer in 0..shard.layout.layer_count() {
             for projection in Projection::ALL {
                 for factor in Factor::BOTH {
@@ -77,6 +72,12 @@ fn taken(shard: &mut Shard, prompts: &[Vec<u32>]) -> Result<State> {
                     tensors.push((factor_name(prefix, layer, projection, factor), shape, dtype, bytes));
                 }
             }
+        }
+    }
+    if let Some(pairs) = &mut shard.moments.pairs {
+        for (name, tensor) in pairs.named() {
+            let (shape, dtype, bytes) = to_bytes(tensor)?;
+            tensors.push((name.into(), shape, dtype, bytes));
         }
     }
     match shard.setup.recipe.pruning.as_ref().map(|pruning| pruning.compensation) {

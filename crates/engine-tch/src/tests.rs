@@ -7,6 +7,7 @@ mod golden_runs;
 mod gradients;
 mod group;
 mod logits;
+mod lora_rite;
 mod on_cuda;
 mod pieces;
 mod products;

@@ -320,7 +320,10 @@ impl<'a> Step<'a> {
                 let inputs = self.shape.layers.iter();
                 inputs.map(|layer| self.shape.query(layer) + layer.channels).sum::<u64>() * master
             }
-            Some(Criterion::LoraPrune { .. } | Criterion::Magnitude | Criterion::Random) | None => 0,
+            Some(
+                Criterion::LoraPrune { .. } | Criterion::Tangent | Criterion::Magnitude | Criterion::Random,
+            )
+            | None => 0,
         };
         rotary + 24 * self.n + observed
     }

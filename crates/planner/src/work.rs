@@ -73,7 +73,7 @@ fn scored_share(shape: &RankShape, criterion: Criterion) -> f64 {
     let narrowing: u64 =
         shape.layers.iter().map(|layer| shape.hidden * (shape.query(layer) + layer.channels)).sum();
     match criterion {
-        Criterion::LoraPrune { .. } | Criterion::Taylor | Criterion::Magnitude => {
+        Criterion::LoraPrune { .. } | Criterion::Tangent | Criterion::Taylor | Criterion::Magnitude => {
             shape.projection_weights() as f64
         }
         Criterion::Wanda => narrowing as f64,
@@ -84,7 +84,7 @@ fn scored_share(shape: &RankShape, criterion: Criterion) -> f64 {
 /// Operations for each weight that is read.
 fn score_flops(lora_rank: f64, criterion: Criterion) -> f64 {
     match criterion {
-        Criterion::LoraPrune { .. } => 6.0 * lora_rank + 3.0,
+        Criterion::LoraPrune { .. } | Criterion::Tangent => 6.0 * lora_rank + 3.0,
         Criterion::Taylor | Criterion::Wanda => 2.0 * lora_rank + 3.0,
         Criterion::Magnitude => 2.0 * lora_rank + 2.0,
         Criterion::Random => 0.0,

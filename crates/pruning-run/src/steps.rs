@@ -89,7 +89,11 @@ impl Transition<'_> {
             }
             (criterion, Some(scores)) => combine(setup.dense(), &scores?, criterion, grouping)?,
             (
-                Criterion::LoraPrune { .. } | Criterion::Taylor | Criterion::Magnitude | Criterion::Wanda,
+                Criterion::LoraPrune { .. }
+                | Criterion::Tangent
+                | Criterion::Taylor
+                | Criterion::Magnitude
+                | Criterion::Wanda,
                 None,
             ) => return Ok(()),
         };

@@ -348,7 +348,11 @@ fn paper(dense: &ModelSpec, legal: &LegalCounts, prunable: &[bool], sparsity: f6
 fn density(criterion: Criterion) -> Density {
     match criterion {
         Criterion::Random => Density::ByBlockMean,
-        Criterion::LoraPrune { .. } | Criterion::Taylor | Criterion::Magnitude | Criterion::Wanda => {
+        Criterion::LoraPrune { .. }
+        | Criterion::Tangent
+        | Criterion::Taylor
+        | Criterion::Magnitude
+        | Criterion::Wanda => {
             if criterion.normalises_projections() {
                 Density::ByBlockMean
             } else {

@@ -9,6 +9,9 @@ pub enum Criterion {
         #[serde(default)]
         form: LoraPruneForm,
     },
+    /// LoRA-guided, by the part of the weight gradient that lies in the tangent space of `B A`: it does not depend on how the
+    /// product is split into factors (with the projections of arXiv:2410.20625).
+    Tangent,
     /// First-order Taylor with the true gradient of every weight (LLM-Pruner's `param_first`, arXiv:2305.11627).
     /// Costs a gradient of the size of the weights, one projection at a time.
     Taylor,
@@ -38,7 +41,7 @@ impl Criterion {
     #[must_use]
     pub fn normalises_projections(self) -> bool {
         match self {
-            Self::LoraPrune { form: LoraPruneForm::Code } => true,
+            Self::LoraPrune { form: LoraPruneForm::Code } | Self::Tangent => true,
             Self::LoraPrune { form: LoraPruneForm::Paper }
             | Self::Taylor
             | Self::Magnitude
@@ -51,7 +54,7 @@ impl Criterion {
     #[must_use]
     pub fn is_scored_by_workers(self) -> bool {
         match self {
-            Self::LoraPrune { .. } | Self::Taylor | Self::Magnitude | Self::Wanda => true,
+            Self::LoraPrune { .. } | Self::Tangent | Self::Taylor | Self::Magnitude | Self::Wanda => true,
             Self::Random => false,
         }
     }

@@ -15,7 +15,7 @@ pub use adapter::Lora;
 pub use compensation::{Compensation, CompensationTarget, LeastSquares};
 pub use criterion::{Criterion, LoraPruneForm};
 pub use distillation::Distillation;
-pub use optimizer::{AdamW, Optimizer};
+pub use optimizer::{AdamW, LoraRite, Optimizer};
 pub use precision::{Compute, Precision, Recompute, Storage};
 pub use pruning::{Budget, HeadGrouping, Protection, Pruning, Shape, Shrink};
 pub use schedule::{Decay, LearningRate, Ramp, RampShape, Recovery};
@@ -33,7 +33,7 @@ pub struct Recipe {
     pub lora: Lora,
     pub optimizer: Optimizer,
     pub learning_rate: LearningRate,
-    /// Gradients are scaled down to this global L2 norm; absent means never.
+    /// Gradients are scaled down to this global L2 norm; absent means never. With LoRA-RITE, the unmagnified ones.
     pub max_grad_norm: Option<f64>,
     /// Absent: LoRA fine-tuning alone.
     pub pruning: Option<Pruning>,

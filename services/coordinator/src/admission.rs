@@ -193,7 +193,7 @@ fn set_up(spec: &RunSpec, dense: ModelSpec, options: RunOptions, found: &mut Vio
         Ok(setup) => Some(setup),
         Err(error) => {
             let named = |violation: FieldViolation| FieldViolation {
-                field: field_of_message(&violation.field).to_owned(),
+                field: field_of_message(&violation.field, &spec.recipe),
                 problem: violation.problem,
             };
             found.extend_below(&format!("{SPEC}.recipe"), error.recipe.into_iter().map(named));

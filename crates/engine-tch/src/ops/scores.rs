@@ -10,6 +10,8 @@ use tch::{Device, Kind, Tensor};
 /// The factors of a projection and their gradients, `a` `[r, columns]` and `b` `[rows, r]`, contiguous.
 pub(crate) struct GuidedFactors<'a> {
     pub(crate) a: &'a Tensor,
+    /// What `grad_b` is multiplied by.
+    pub(crate) stepped_a: &'a Tensor,
     pub(crate) grad_a: &'a Tensor,
     pub(crate) b: &'a Tensor,
     pub(crate) grad_b: &'a Tensor,
@@ -22,7 +24,7 @@ pub(crate) fn takes(factors: &Tensor) -> bool {
 }
 
 /// Sums in f64 over each row (`Split::Column`) or column (`Split::Row`) of `|Ghat W|` or its square, `Ghat` being
-/// `dB (A - dA) + B dA` and `W` the weight with its adapter.
+/// `grad_b stepped_a + b grad_a` and `W` the weight with its adapter.
 ///
 /// `tile(start, len)` gives rows of the frozen weight in f32 or bf16, contiguous; `tile_rows` of them are asked for at a
 /// time.
@@ -34,7 +36,6 @@ pub(crate) fn guided_sums(
     tile: &dyn Fn(i64, i64) -> Result<Tensor>,
 ) -> Result<Tensor> {
     let (rows, columns) = (factors.b.size()[0], factors.a.size()[1]);
-    let a_less = factors.a.f_sub(factors.grad_a)?;
     let by_column = match split {
         Split::Column => false,
         Split::Row => true,
@@ -55,7 +56,7 @@ pub(crate) fn guided_sums(
             ffi::esp_low_rank_scores(
                 raw(&weight),
                 raw(factors.a),
-                raw(&a_less),
+                raw(factors.stepped_a),
                 raw(factors.grad_a),
                 raw(&b),
                 raw(&grad_b),

@@ -264,6 +264,7 @@ fn the_score_pass_is_the_plain_formula_for_every_criterion() {
                 }
                 Criterion::Taylor => criterion::taylor_sums(&adapted, g.as_ref().unwrap()),
                 Criterion::Magnitude | Criterion::Random => criterion::magnitude_sums(&adapted),
+                Criterion::Tangent => panic!("it has a test of its own"),
                 Criterion::Wanda => criterion::wanda_sums(
                     &adapted,
                     &input_squares(&mut ours, layer, projection, &rows, input),
@@ -275,6 +276,44 @@ fn the_score_pass_is_the_plain_formula_for_every_criterion() {
                 let close = (actual - expected).abs() <= 1e-11 * expected.abs().max(1e-9);
                 assert!(close, "{criterion:?} layer {layer} {projection}: {actual}, expected {expected}");
             }
+        }
+    }
+}
+
+/// `G P_A + P_B G - P_B G P_A` times `s`, which the gradients of the factors carry, of the true gradient `G`.
+#[test]
+fn the_tangent_form_reads_the_true_gradients_part_in_the_tangent_space() {
+    let spec = spec_of("gqa");
+    let rows = rows(&spec);
+    let windows: Vec<&[u32]> = rows.iter().map(Vec::as_slice).collect();
+    let mut with_gradients = shard("gqa", Criterion::Taylor);
+    with_gradients.train_step(0, std::slice::from_ref(&windows)).unwrap();
+    let mut ours = shard("gqa", Criterion::Tangent);
+    let factors = ours.factors.copy();
+    let outcome = ours.train_step(0, std::slice::from_ref(&windows)).unwrap();
+    let onto = |columns: &Tensor| {
+        let (basis, _) = Tensor::linalg_qr(columns, "reduced");
+        basis.mm(&basis.tr())
+    };
+    for scores in &outcome.scores {
+        let (layer, projection) = (scores.layer, scores.projection);
+        let shape = spec.projection_shape(layer, projection).map(|size| size as i64);
+        let weight = ours.source.tensor(&checkpoint::projection_weight(layer, projection)).unwrap();
+        let view = |factor| ours.layout.view(&factors, layer, projection, factor).unwrap();
+        let (a, b) = (view(Factor::A), view(Factor::B));
+        let gradient = weight_gradient(&with_gradients, layer, projection).unwrap();
+        let gradient = Tensor::from_slice(&gradient).view(shape);
+        let (on_a, on_b) = (onto(&a.tr()), onto(&b));
+        let tangent = gradient.mm(&on_a) + on_b.mm(&gradient) - on_b.mm(&gradient).mm(&on_a);
+        let scaling = 6.0 / RANK as f64;
+        let merged = weight.to_kind(Kind::Double) + b.mm(&a) * scaling;
+        let score = (tangent * merged * scaling).abs();
+        let sums = |dim: i64| to_f64(&score.sum_dim_intlist(&[dim][..], false, Kind::Double)).unwrap();
+        let sums = criterion::WeightSums { rows: sums(1), columns: sums(0) };
+        let expected = criterion::unit_sums(&sums, projection, spec.head_dim);
+        for (actual, expected) in scores.values.iter().zip(&expected) {
+            let close = (actual - expected).abs() <= 1e-11 * expected.abs().max(1e-9);
+            assert!(close, "layer {layer} {projection}: {actual}, expected {expected}");
         }
     }
 }

@@ -6,7 +6,7 @@ use crate::dropout::{Dropout, DropoutSite, splitmix};
 use crate::loss::VocabularyHead;
 use crate::ops::{self, RotaryTable, plain};
 use crate::optimizer::Moments;
-use recipe::AdamW;
+use recipe::{AdamW, Optimizer};
 use tch::{Device, Kind, Tensor};
 
 const F64: (Kind, Device) = (Kind::Double, Device::Cpu);
@@ -209,7 +209,7 @@ fn adamw_follows_its_formula() {
     let adamw = AdamW { beta1: 0.8, beta2: 0.95, eps: 1e-6, weight_decay: 0.1 };
     let (mut p, g1, g2) = (random(&[33], 14), random(&[33], 15), random(&[33], 16));
     let mut expected = p.copy();
-    let mut moments = Moments::zeros_like(&p).unwrap();
+    let mut moments = Moments::zeros(&Optimizer::AdamW(adamw), &p, 1, 1).unwrap();
     let (mut m, mut v) = (p.zeros_like(), p.zeros_like());
     for (t, g) in [(1, &g1), (2, &g2)] {
         moments.adamw_step(&mut p, g, 0.01, &adamw).unwrap();

@@ -132,7 +132,15 @@ fn guided_sums_are_those_of_the_whole_score_matrix() {
             let wide = |x: &Tensor| x.to_kind(Kind::Double);
             let guide = wide(&grad_b).matmul(&(wide(&a) - wide(&grad_a))) + wide(&b).matmul(&wide(&grad_a));
             let values = guide * (wide(&weight) + wide(&b).matmul(&wide(&a)) * 1.5);
-            let factors = GuidedFactors { a: &a, grad_a: &grad_a, b: &b, grad_b: &grad_b, scaling: 1.5 };
+            let stepped_a = &a - &grad_a;
+            let factors = GuidedFactors {
+                a: &a,
+                stepped_a: &stepped_a,
+                grad_a: &grad_a,
+                b: &b,
+                grad_b: &grad_b,
+                scaling: 1.5,
+            };
             assert!(scores::takes(&a));
             for (form, scored) in
                 [(LoraPruneForm::Code, values.abs()), (LoraPruneForm::Paper, values.square())]

@@ -5,8 +5,8 @@ use crate::fields::{InvalidFields, Violations};
 use crate::{limits, pb};
 use recipe::{
     AdamW, Batch, Budget, Compensation, CompensationTarget, Compute, Criterion, Decay, Distillation,
-    FieldViolation, HeadGrouping, LearningRate, LeastSquares, Lora, LoraPruneForm, Optimizer, Precision,
-    Protection, Pruning, Ramp, RampShape, Recipe, Recompute, Recovery, Shape, Shrink, Storage,
+    FieldViolation, HeadGrouping, LearningRate, LeastSquares, Lora, LoraPruneForm, LoraRite, Optimizer,
+    Precision, Protection, Pruning, Ramp, RampShape, Recipe, Recompute, Recovery, Shape, Shrink, Storage,
 };
 
 /// A recipe that has passed every check that needs no model, defaults filled in.
@@ -57,7 +57,7 @@ pub fn from_pb(message: Option<pb::Recipe>, path: &str, found: &mut Violations) 
         ),
     };
     let violations = recipe.violations().into_iter().map(|FieldViolation { field, problem }| {
-        FieldViolation { field: field_of_message(&field).to_owned(), problem }
+        FieldViolation { field: field_of_message(&field, &recipe), problem }
     });
     let fresh: Vec<_> = violations.filter(|violation| !found.notes(&at(&violation.field))).collect();
     found.extend_below(path, fresh);
@@ -66,12 +66,15 @@ pub fn from_pb(message: Option<pb::Recipe>, path: &str, found: &mut Violations) 
 
 /// The message's name of a field that the domain type calls otherwise, relative to the recipe.
 #[must_use]
-pub fn field_of_message(field: &str) -> &str {
-    match field {
-        "optimizer.beta1" => "optimizer.adamw.beta1",
-        "optimizer.beta2" => "optimizer.adamw.beta2",
-        "optimizer.eps" => "optimizer.adamw.eps",
-        "optimizer.weight_decay" => "optimizer.adamw.weight_decay",
+pub fn field_of_message(field: &str, recipe: &Recipe) -> String {
+    if let Some(field) = field.strip_prefix("optimizer.") {
+        let kind = match recipe.optimizer {
+            Optimizer::AdamW(_) => "adamw",
+            Optimizer::LoraRite(_) => "lora_rite",
+        };
+        return format!("optimizer.{kind}.{field}");
+    }
+    let field = match field {
         "pruning.budget.sparsity" => "pruning.sparsity",
         "pruning.budget.parameters" => "pruning.parameters",
         "pruning.protection" => "pruning.protected_layers",
@@ -79,7 +82,8 @@ pub fn field_of_message(field: &str) -> &str {
         "pruning.compensation.windows" => "pruning.least_squares.windows",
         "pruning.compensation.damping" => "pruning.least_squares.damping",
         same => same,
-    }
+    };
+    field.to_owned()
 }
 
 fn batch(message: pb::Batch, path: &str, found: &mut Violations) -> Batch {
@@ -112,15 +116,30 @@ fn lora(message: pb::Lora) -> Lora {
 }
 
 fn optimizer(message: pb::Optimizer) -> Optimizer {
-    let pb::optimizer::Kind::Adamw(message) =
-        message.kind.unwrap_or(pb::optimizer::Kind::Adamw(pb::AdamW::default()));
-    let default = AdamW::default();
-    Optimizer::AdamW(AdamW {
-        beta1: message.beta1.unwrap_or(default.beta1),
-        beta2: message.beta2.unwrap_or(default.beta2),
-        eps: message.eps.unwrap_or(default.eps),
-        weight_decay: message.weight_decay.unwrap_or(default.weight_decay),
-    })
+    match message.kind {
+        None => Optimizer::default(),
+        Some(pb::optimizer::Kind::Adamw(message)) => {
+            let default = AdamW::default();
+            Optimizer::AdamW(AdamW {
+                beta1: message.beta1.unwrap_or(default.beta1),
+                beta2: message.beta2.unwrap_or(default.beta2),
+                eps: message.eps.unwrap_or(default.eps),
+                weight_decay: message.weight_decay.unwrap_or(default.weight_decay),
+            })
+        }
+        Some(pb::optimizer::Kind::LoraRite(message)) => {
+            let default = LoraRite::default();
+            Optimizer::LoraRite(LoraRite {
+                beta1: message.beta1.unwrap_or(default.beta1),
+                beta2: message.beta2.unwrap_or(default.beta2),
+                eps: message.eps.unwrap_or(default.eps),
+                weight_decay: message.weight_decay.unwrap_or(default.weight_decay),
+                escaped_mass: message.escaped_mass,
+                guard: message.guard.unwrap_or(default.guard),
+                max_rms: message.max_rms.filter(|most| *most != 0.0),
+            })
+        }
+    }
 }
 
 fn learning_rate(message: pb::LearningRate, path: &str, found: &mut Violations) -> LearningRate {
@@ -191,10 +210,11 @@ fn pruning(message: pb::Pruning, path: &str, found: &mut Violations) -> Pruning 
                 pb::Criterion::Magnitude => Some(Criterion::Magnitude),
                 pb::Criterion::Random => Some(Criterion::Random),
                 pb::Criterion::Wanda => Some(Criterion::Wanda),
+                pb::Criterion::Tangent => Some(Criterion::Tangent),
             },
             &at("criterion"),
             "CRITERION_LORAPRUNE_CODE, CRITERION_LORAPRUNE_PAPER, CRITERION_TAYLOR, CRITERION_MAGNITUDE, \
-             CRITERION_RANDOM or CRITERION_WANDA",
+             CRITERION_RANDOM, CRITERION_WANDA or CRITERION_TANGENT",
             found,
         ),
         moving_average_decay: message.moving_average_decay.unwrap_or(default.moving_average_decay),
@@ -339,7 +359,6 @@ fn narrow(count: usize) -> u32 {
 /// The recipe with every field set, so that whoever reads it needs to know no default.
 #[must_use]
 pub fn to_pb(recipe: &Recipe) -> pb::Recipe {
-    let Optimizer::AdamW(adamw) = recipe.optimizer;
     pb::Recipe {
         seed: recipe.seed,
         steps: Some(recipe.steps),
@@ -354,12 +373,23 @@ pub fn to_pb(recipe: &Recipe) -> pb::Recipe {
             dropout: Some(recipe.lora.dropout),
         }),
         optimizer: Some(pb::Optimizer {
-            kind: Some(pb::optimizer::Kind::Adamw(pb::AdamW {
-                beta1: Some(adamw.beta1),
-                beta2: Some(adamw.beta2),
-                eps: Some(adamw.eps),
-                weight_decay: Some(adamw.weight_decay),
-            })),
+            kind: Some(match recipe.optimizer {
+                Optimizer::AdamW(adamw) => pb::optimizer::Kind::Adamw(pb::AdamW {
+                    beta1: Some(adamw.beta1),
+                    beta2: Some(adamw.beta2),
+                    eps: Some(adamw.eps),
+                    weight_decay: Some(adamw.weight_decay),
+                }),
+                Optimizer::LoraRite(rite) => pb::optimizer::Kind::LoraRite(pb::LoraRite {
+                    beta1: Some(rite.beta1),
+                    beta2: Some(rite.beta2),
+                    eps: Some(rite.eps),
+                    weight_decay: Some(rite.weight_decay),
+                    escaped_mass: rite.escaped_mass,
+                    guard: Some(rite.guard),
+                    max_rms: Some(rite.max_rms.unwrap_or(0.0)),
+                }),
+            }),
         }),
         learning_rate: Some(pb::LearningRate {
             peak: Some(recipe.learning_rate.peak),
@@ -426,6 +456,7 @@ fn pruning_to_pb(pruning: &Pruning) -> pb::Pruning {
         Criterion::Magnitude => pb::Criterion::Magnitude,
         Criterion::Random => pb::Criterion::Random,
         Criterion::Wanda => pb::Criterion::Wanda,
+        Criterion::Tangent => pb::Criterion::Tangent,
     };
     let shape = match pruning.shape {
         Shape::Uniform => pb::Shape::Uniform,

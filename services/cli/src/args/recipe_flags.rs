@@ -1,7 +1,8 @@
 use clap::{Args, ValueEnum};
 use recipe::{
-    Budget, Compensation, CompensationTarget, Compute, Criterion, Distillation, HeadGrouping, LeastSquares,
-    LoraPruneForm, Protection, Pruning, RampShape, Recipe, Recompute, Recovery, Shape, Shrink, Storage,
+    AdamW, Budget, Compensation, CompensationTarget, Compute, Criterion, Distillation, HeadGrouping,
+    LeastSquares, LoraPruneForm, LoraRite, Optimizer, Protection, Pruning, RampShape, Recipe, Recompute,
+    Recovery, Shape, Shrink, Storage,
 };
 
 /// Flags that override a recipe, each named as the field that it sets.
@@ -76,6 +77,12 @@ pub(crate) struct RecipeFlags {
     /// Highest learning rate [default: 0.001]
     #[arg(long, value_name = "RATE", allow_negative_numbers = true, help_heading = "Training")]
     pub learning_rate: Option<f64>,
+    /// What turns gradients into steps [default: adamw]
+    #[arg(long, value_name = "NAME", help_heading = "Training")]
+    pub optimizer: Option<OptimizerName>,
+    /// Steps of linear warm-up of the learning rate [default: 0]
+    #[arg(long, value_name = "N", help_heading = "Training")]
+    pub warmup_steps: Option<u64>,
     /// What the learning rate does after the last removal [default: continue]
     #[arg(long, value_name = "NAME", help_heading = "Training")]
     pub recovery: Option<RecoveryName>,
@@ -124,6 +131,17 @@ pub(crate) enum CriterionName {
     Random,
     /// Squared weights of o and down times the squares of their inputs
     Wanda,
+    /// LoRA-guided, by the gradient's part in the tangent space of the product
+    Tangent,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum OptimizerName {
+    /// AdamW
+    #[value(name = "adamw")]
+    AdamW,
+    /// LoRA-RITE: steps that do not depend on how the product is split into factors
+    LoraRite,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -224,6 +242,10 @@ impl RecipeFlags {
         set(&mut recipe.lora.alpha, self.lora_alpha);
         set(&mut recipe.lora.dropout, self.dropout);
         set(&mut recipe.learning_rate.peak, self.learning_rate);
+        if let Some(name) = self.optimizer {
+            name.apply(&mut recipe.optimizer);
+        }
+        set(&mut recipe.learning_rate.warmup_steps, self.warmup_steps);
         set(&mut recipe.learning_rate.recovery, self.recovery.map(RecoveryName::choice));
         if self.distill.is_some() || self.distill_top_k.is_some() {
             let distillation = recipe.distillation.get_or_insert_with(Distillation::default);
@@ -310,6 +332,18 @@ impl CriterionName {
             Self::Magnitude => Criterion::Magnitude,
             Self::Random => Criterion::Random,
             Self::Wanda => Criterion::Wanda,
+            Self::Tangent => Criterion::Tangent,
+        }
+    }
+}
+
+impl OptimizerName {
+    /// With its defaults, unless the recipe has chosen it already.
+    fn apply(self, optimizer: &mut Optimizer) {
+        match (self, &optimizer) {
+            (Self::AdamW, Optimizer::AdamW(_)) | (Self::LoraRite, Optimizer::LoraRite(_)) => {}
+            (Self::AdamW, _) => *optimizer = Optimizer::AdamW(AdamW::default()),
+            (Self::LoraRite, _) => *optimizer = Optimizer::LoraRite(LoraRite::default()),
         }
     }
 }
