@@ -8,6 +8,8 @@ mod gradients;
 mod group;
 mod logits;
 mod lora_rite;
+mod methods;
+
 mod on_cuda;
 mod pieces;
 mod products;

@@ -6,8 +6,8 @@ use crate::tests::group::{fixtures, spec_of};
 use engine::{EngineError, Progress, ProjectionScores, Rendezvous, Restore, ShardEngine, ShardSetup};
 use pruning::{KeepMask, LayerKeep};
 use recipe::{
-    Batch, Compensation, Compute, Criterion, Distillation, LeastSquares, Lora, Precision, Pruning, Recipe,
-    Recompute, Shrink, Storage,
+    Batch, Compensation, Compute, Criterion, Distillation, LeastSquares, Lora, LoraRite, Optimizer,
+    Precision, Pruning, Recipe, Recompute, Shrink, Storage,
 };
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Barrier, Mutex};
@@ -263,9 +263,24 @@ fn double_precision_is_resumed_with_the_same_bits() {
 
 #[test]
 fn every_criterion_is_resumed_with_the_same_bits() {
-    for criterion in [Criterion::Taylor, Criterion::Wanda, Criterion::Random] {
+    for criterion in [Criterion::Taylor, Criterion::Wanda, Criterion::Tangent, Criterion::Random] {
         check(&format!("{criterion:?}"), 2, &with_pruning(|pruning| pruning.criterion = criterion));
     }
+}
+
+#[test]
+fn every_optimizer_is_resumed_with_the_same_bits() {
+    for (degree, shrink) in [(1, Shrink::Live), (2, Shrink::Live), (2, Shrink::Never)] {
+        let mut recipe = with_pruning(|pruning| {
+            pruning.shrink = shrink;
+            pruning.criterion = Criterion::Tangent;
+        });
+        recipe.optimizer = Optimizer::LoraRite(LoraRite::default());
+        check(&format!("LoRA-RITE {shrink:?}"), degree, &recipe);
+    }
+    let mut recipe = recipe(|recipe| recipe.precision = F64);
+    recipe.optimizer = Optimizer::LoraRite(LoraRite::default());
+    check_other_degrees("LoRA-RITE", &recipe);
 }
 
 #[test]
