@@ -17,6 +17,7 @@ RUNS = [
     ("Loss", "none", [(f"espalier_run_loss{{{RUN}}}", "{{run_id}}")]),
     ("Sparsity", "percentunit", [(f"espalier_run_sparsity_ratio{{{RUN}}}", "{{run_id}}")]),
     ("Tokens a second", "none", [(f"sum by (run_id) (rate(espalier_step_tokens_total{{{RUN}}}[$__rate_interval]))", "{{run_id}}")]),
+    ("Share of the devices' peak, last step", "percentunit", [(f"espalier_run_flop_utilization_ratio{{{RUN}}}", "{{run_id}}")]),
     ("Floating-point operations a second, last step", "none", [(f"espalier_run_flops_per_second{{{RUN}}}", "{{run_id}}")]),
     (
         "Step",

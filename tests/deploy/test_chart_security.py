@@ -122,7 +122,7 @@ def test_pods_reach_the_services_that_they_were_told_of_and_no_others(render, va
     assert outside(policies["trial-espalier-worker-cpu"]) == worker
 
 
-def test_workers_of_all_pools_reach_one_another_since_a_run_takes_any(render):
+def test_workers_reach_those_of_their_own_pool_and_no_others(render):
     objects = render(ACCEPTED["one pool for each model size"])
     labels = [template(each)["metadata"]["labels"] for each in worker_sets(objects)]
     policies = [each["spec"] for each in of_kind(objects, "NetworkPolicy") if "-worker-" in each["metadata"]["name"]]
@@ -130,8 +130,9 @@ def test_workers_of_all_pools_reach_one_another_since_a_run_takes_any(render):
     for policy in policies:
         for rules, peers in ((policy["ingress"], "from"), (policy["egress"], "to")):
             open_ones = [rule[peers][0]["podSelector"]["matchLabels"] for rule in rules if "ports" not in rule]
-            for each in labels:
-                assert any(selector.items() <= each.items() for selector in open_ones)
+            own = policy["podSelector"]["matchLabels"]["espalier/pool"]
+            reached = [each["espalier/pool"] for each in labels if any(selector.items() <= each.items() for selector in open_ones)]
+            assert reached == [own]
 
 
 def test_plain_text_is_asked_for_only_where_values_say_so(render):

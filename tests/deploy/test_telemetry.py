@@ -90,7 +90,7 @@ class Observed:
 
     def worker(self, name):
         before = self.log(name).count('"registered"')
-        self.program("worker", "--coordinator", f"http://{self.address}", "--id", name, "--threads", "1", name=name)
+        self.program("worker", "--coordinator", f"http://{self.address}", "--id", name, "--threads", "1", "--peak-flops", "1e12", name=name)
         self.wait_for(name, lambda: self.log(name).count('"registered"') > before)
 
     def program(self, binary, *arguments, name=None):

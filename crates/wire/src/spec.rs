@@ -18,6 +18,8 @@ pub struct RunSpec {
     pub display_name: String,
     /// Fewest workers to go on with after a fault.
     pub min_tp_degree: usize,
+    /// Where its workers are taken from; empty: any pool.
+    pub worker_pool: String,
     pub durability: Durability,
     pub guard: Option<Guard>,
 }

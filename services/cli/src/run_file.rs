@@ -29,6 +29,8 @@ pub(crate) struct RunFile {
     pub export: Option<Export>,
     /// Fewest workers to go on with once one was lost; by default as many as at first.
     pub min_workers: Option<u32>,
+    /// Pool that the workers are taken from.
+    pub worker_pool: Option<String>,
     /// When state is written and how often the run may start anew.
     pub durability: Option<Durability>,
     /// Pruning stops while the held-out text suffers more than this allows.
@@ -260,6 +262,7 @@ impl RunFile {
             min_tp_degree: self.min_workers,
             durability: self.durability.map(Durability::to_pb),
             guard: self.guard.map(Guard::to_pb),
+            worker_pool: self.worker_pool.clone().unwrap_or_default(),
         }
     }
 }

@@ -286,7 +286,8 @@ impl Driver {
     }
 
     fn enqueue(&mut self, workers: usize, at_least: usize) {
-        self.ticket = Some(self.context.registry.enqueue(&self.record.id.0, workers, at_least));
+        let pool = &self.record.spec.worker_pool;
+        self.ticket = Some(self.context.registry.enqueue(&self.record.id.0, pool, workers, at_least));
     }
 
     fn take_turn(&mut self, turn: Turn) -> Event {

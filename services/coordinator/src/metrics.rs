@@ -115,6 +115,10 @@ pub(crate) fn show(context: &Arc<Context>) {
         step(shown).map(|step| step.memory_bytes as f64)
     });
     observe_runs(context, names::RUN_FLOP_RATE, flop_rate);
+    let registry = context.registry.clone();
+    observe_runs(context, names::RUN_UTILIZATION, move |run, shown| {
+        Some(flop_rate(run, shown)? / registry.peak_flops(&shown.worker_ids)?)
+    });
     observe_runs(context, names::RUN_CHECKPOINT_AGE, |_, shown| {
         let age = SystemTime::now().duration_since(shown.checkpoint_time?).unwrap_or_default();
         Some(age.as_secs_f64())

@@ -216,7 +216,7 @@ fn not_ready(record: &RunRecord, why: &str) -> Failure {
 }
 
 fn claim_one(context: &Arc<Context>, record: &RunRecord) -> Result<GroupClaim, Failure> {
-    context.registry.claim_one(&record.id.0).ok_or_else(|| {
+    context.registry.claim_one(&record.id.0, &record.spec.worker_pool).ok_or_else(|| {
         let registered = context.registry.count();
         Failure::new(
             Reason::NoIdleWorker,

@@ -43,8 +43,8 @@ pub(crate) struct Registry {
 struct Inner {
     /// By id, so that ranks are dealt out in a fixed order.
     workers: BTreeMap<String, Entry>,
-    /// Tickets in the order in which they were drawn.
-    queue: VecDeque<u64>,
+    /// Tickets in the order in which they were drawn, each with the pool that it waits for.
+    queue: VecDeque<(u64, String)>,
     last_number: u64,
 }
 
@@ -108,6 +108,8 @@ pub(crate) struct Ticket {
     registry: Arc<Registry>,
     number: u64,
     run_id: String,
+    /// Empty: any.
+    pool: String,
     needed: usize,
     /// So many will do once it has waited long enough.
     at_least: usize,
@@ -148,7 +150,7 @@ impl Registry {
     }
 
     /// Admits a worker, in place of any earlier entry of its id, and returns its lease.
-    pub(crate) fn register(&self, info: pb::WorkerInfo) -> Result<String, RegistryFull> {
+    pub(crate) fn register(&self, info: pb::WorkerInfo) -> Result<Registered, RegistryFull> {
         let lease_id = Uuid::new_v4().to_string();
         let mut inner = lock(&self.inner);
         if inner.workers.len() >= MAX_WORKERS && !inner.workers.contains_key(&info.id) {
@@ -167,11 +169,13 @@ impl Registry {
         info!(worker_id = info.id, endpoint = info.endpoint, device = info.device, "worker registered");
         let expires = Instant::now() + self.patience.lease;
         let pace = Pace::new();
+        let kind = Kind::of(&info);
         let entry = Entry { lease_id: lease_id.clone(), expires, claim, draining, pace, info };
         inner.workers.insert(entry.info.id.clone(), entry);
+        let pool_workers = inner.in_service(&kind);
         drop(inner);
         self.note_change();
-        Ok(lease_id)
+        Ok(Registered { lease_id, pool_workers })
     }
 
     /// Prolongs a lease and takes in how far the worker is; nothing when there is no lease of that name.
@@ -192,7 +196,8 @@ impl Registry {
         if draining {
             entry.drain();
         }
-        let renewed = Renewed { idle: entry.claim.is_none(), draining: entry.draining };
+        let (idle, draining, kind) = (entry.claim.is_none(), entry.draining, Kind::of(&entry.info));
+        let renewed = Renewed { idle, draining, pool_workers: inner.in_service(&kind) };
         drop(inner);
         // The keeper of the leases may sleep for longer now, but never wakes too late.
         if freed {
@@ -238,12 +243,13 @@ impl Registry {
         inner.workers.values().map(shown).collect()
     }
 
-    /// What a rank of a group of `tp_degree` will have at least, as far as the workers are known that could take it.
-    pub(crate) fn device(&self, tp_degree: usize) -> Device {
+    /// What a rank of a group of `tp_degree` from `pool` will have at least, as far as the workers are known that could take
+    /// it.
+    pub(crate) fn device(&self, tp_degree: usize, pool: &str) -> Device {
         let inner = lock(&self.inner);
         let memory_of = |cuda: bool| -> Option<u64> {
-            let kind =
-                inner.workers.values().filter(|entry| (device_kind(&entry.info.device) == "cuda") == cuda);
+            let of_pool = inner.workers.values().filter(|entry| is_of(&entry.info, pool));
+            let kind = of_pool.filter(|entry| (device_kind(&entry.info.device) == "cuda") == cuda);
             let mut memory: Vec<u64> = kind.map(|entry| entry.info.memory_bytes).collect();
             memory.sort_unstable_by(|one, other| other.cmp(one));
             memory.get(tp_degree.saturating_sub(1)).copied().filter(|bytes| *bytes > 0)
@@ -257,6 +263,13 @@ impl Registry {
             },
             (None, memory_bytes) => Device { memory_bytes, ..Device::cpu() },
         }
+    }
+
+    /// What these workers' devices do at their peak together; nothing where one does not say.
+    pub(crate) fn peak_flops(&self, ids: &[String]) -> Option<f64> {
+        let inner = lock(&self.inner);
+        let peak = |id: &String| Some(inner.workers.get(id)?.info.peak_flops).filter(|peak| *peak > 0.0);
+        ids.iter().map(peak).sum::<Option<f64>>().filter(|sum| *sum > 0.0)
     }
 
     /// How many runs wait for workers.
@@ -284,16 +297,24 @@ impl Registry {
         lock(&self.inner).workers.len()
     }
 
-    /// Draws a place at the end of the queue, for `needed` workers, or after a while for `at_least` so many.
-    pub(crate) fn enqueue(self: &Arc<Self>, run_id: &str, needed: usize, at_least: usize) -> Ticket {
+    /// Draws a place at the end of the queue, for `needed` workers of `pool`, or after a while for `at_least` so many. Those
+    /// who wait for other pools are not before it.
+    pub(crate) fn enqueue(
+        self: &Arc<Self>,
+        run_id: &str,
+        pool: &str,
+        needed: usize,
+        at_least: usize,
+    ) -> Ticket {
         let mut inner = lock(&self.inner);
         let number = inner.next_number();
-        inner.queue.push_back(number);
+        inner.queue.push_back((number, pool.to_owned()));
         drop(inner);
         Ticket {
             registry: self.clone(),
             number,
             run_id: run_id.to_owned(),
+            pool: pool.to_owned(),
             needed,
             at_least: at_least.clamp(1, needed),
             enough_from: Instant::now() + self.patience.regroup,
@@ -302,11 +323,11 @@ impl Registry {
         }
     }
 
-    /// Takes one idle worker at once, past the queue; none when none is idle.
-    pub(crate) fn claim_one(self: &Arc<Self>, run_id: &str) -> Option<GroupClaim> {
+    /// Takes one idle worker of `pool` at once, past the queue; none when none is idle.
+    pub(crate) fn claim_one(self: &Arc<Self>, run_id: &str, pool: &str) -> Option<GroupClaim> {
         let mut inner = lock(&self.inner);
         let number = inner.next_number();
-        let (workers, news) = inner.claim(number, run_id, 1, 1)?;
+        let (workers, news) = inner.claim(number, run_id, pool, 1, 1)?;
         Some(GroupClaim { registry: self.clone(), number, workers, news })
     }
 
@@ -426,19 +447,20 @@ impl Inner {
         self.last_number
     }
 
-    /// Takes `needed` idle workers of one kind of device, the lowest ids first, or failing that as many as there are but
-    /// `at_least` so many; else none. GPUs go before CPUs.
+    /// Takes `needed` idle workers of one pool and kind of device, the lowest ids first, or failing that as many as there are
+    /// but `at_least` so many; else none. GPUs go before CPUs.
     fn claim(
         &mut self,
         number: u64,
         run_id: &str,
+        pool: &str,
         needed: usize,
         at_least: usize,
     ) -> Option<(Vec<pb::WorkerInfo>, mpsc::UnboundedReceiver<ClaimNews>)> {
-        let mut kinds: BTreeMap<(bool, &str), Vec<String>> = BTreeMap::new();
-        for (id, entry) in self.workers.iter().filter(|(_, entry)| entry.is_idle()) {
-            let kind = device_kind(&entry.info.device);
-            kinds.entry((kind == "cpu", kind)).or_default().push(id.clone());
+        let mut kinds: BTreeMap<Kind, Vec<String>> = BTreeMap::new();
+        let of_pool = self.workers.iter().filter(|(_, entry)| is_of(&entry.info, pool));
+        for (id, entry) in of_pool.filter(|(_, entry)| entry.is_idle()) {
+            kinds.entry(Kind::of(&entry.info)).or_default().push(id.clone());
         }
         let kinds: Vec<Vec<String>> = kinds.into_values().collect();
         let whole = kinds.iter().find(|ids| ids.len() >= needed);
@@ -458,9 +480,42 @@ impl Inner {
         Some((workers, news))
     }
 
-    fn idle(&self) -> usize {
-        self.workers.values().filter(|entry| entry.is_idle()).count()
+    /// How many workers of `pool` are idle, and how many there are.
+    fn count(&self, pool: &str) -> (usize, usize) {
+        let of_pool = self.workers.values().filter(|entry| is_of(&entry.info, pool));
+        of_pool.fold((0, 0), |(idle, all), entry| (idle + usize::from(entry.is_idle()), all + 1))
     }
+
+    fn in_service(&self, kind: &Kind) -> u32 {
+        let alike = self.workers.values().filter(|entry| !entry.draining && Kind::of(&entry.info) == *kind);
+        alike.count() as u32
+    }
+
+    /// Tickets before this one that workers of `pool` might go to.
+    fn ahead(&self, number: u64, pool: &str) -> usize {
+        let before = self.queue.iter().take_while(|(other, _)| *other != number);
+        before.filter(|(_, other)| pool.is_empty() || other.is_empty() || other == pool).count()
+    }
+}
+
+/// Workers that a run may have together. GPUs come first.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+struct Kind {
+    is_cpu: bool,
+    device: String,
+    pool: String,
+}
+
+impl Kind {
+    fn of(info: &pb::WorkerInfo) -> Self {
+        let device = device_kind(&info.device);
+        Self { is_cpu: device == "cpu", device: device.to_owned(), pool: info.pool.clone() }
+    }
+}
+
+/// Whether a worker is of a pool; an empty name means any.
+fn is_of(info: &pb::WorkerInfo, pool: &str) -> bool {
+    pool.is_empty() || info.pool == pool
 }
 
 impl Entry {
@@ -521,12 +576,22 @@ impl Pace {
     }
 }
 
+/// What a registration tells the worker.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Registered {
+    pub(crate) lease_id: String,
+    /// Workers of its pool and kind in service, itself included.
+    pub(crate) pool_workers: u32,
+}
+
 /// What a renewal tells the worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Renewed {
     /// No run holds it.
     pub(crate) idle: bool,
     pub(crate) draining: bool,
+    /// Workers of its pool and kind in service, itself included.
+    pub(crate) pool_workers: u32,
 }
 
 impl GroupClaim {
@@ -564,15 +629,17 @@ impl Ticket {
             self.changes.mark_unchanged();
             let standing = {
                 let mut inner = lock(&self.registry.inner);
-                let ahead = inner.queue.iter().take_while(|number| **number != self.number).count();
+                let ahead = inner.ahead(self.number, &self.pool);
                 let least = if Instant::now() >= self.enough_from { self.at_least } else { self.needed };
                 if ahead == 0
-                    && let Some((workers, news)) = inner.claim(self.number, &self.run_id, self.needed, least)
+                    && let Some((workers, news)) =
+                        inner.claim(self.number, &self.run_id, &self.pool, self.needed, least)
                 {
                     let registry = self.registry.clone();
                     return Turn::Claimed(GroupClaim { registry, number: self.number, workers, news });
                 }
-                Standing { idle: inner.idle(), registered: inner.workers.len(), ahead }
+                let (idle, registered) = inner.count(&self.pool);
+                Standing { idle, registered, ahead }
             };
             if self.told.replace(standing) != Some(standing) {
                 return Turn::Waiting(standing);
@@ -592,7 +659,7 @@ impl Ticket {
 impl Drop for Ticket {
     fn drop(&mut self) {
         let number = self.number;
-        lock(&self.registry.inner).queue.retain(|waiting| *waiting != number);
+        lock(&self.registry.inner).queue.retain(|(waiting, _)| *waiting != number);
         self.registry.note_change();
     }
 }

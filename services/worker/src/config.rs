@@ -23,6 +23,16 @@ pub struct ServeArgs {
     /// Unique name of this worker [default: host name and process id]
     #[arg(long, env = "ESPALIER_WORKER_ID", value_name = "ID")]
     pub id: Option<String>,
+    /// Pool that this worker belongs to: a run's workers are all of one pool
+    #[arg(long, env = "ESPALIER_POOL", value_name = "NAME", default_value = "")]
+    pub pool: String,
+    /// Workers of the pool that train together: this one is ready once the coordinator knows so many
+    #[arg(long, env = "ESPALIER_GROUP_SIZE", value_name = "N", default_value_t = 1,
+          value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub group_size: u32,
+    /// Operations a second of the device at its peak, in the format of products, for the metric of utilization
+    #[arg(long, env = "ESPALIER_PEAK_FLOPS", value_name = "FLOPS")]
+    pub peak_flops: Option<f64>,
     /// Device to compute on: cpu, cuda or cuda:N
     #[arg(long, env = "ESPALIER_DEVICE", value_name = "DEVICE", default_value = "cpu")]
     pub device: String,
@@ -71,6 +81,11 @@ pub struct WorkerConfig {
     pub advertise: Option<String>,
     pub data_host: Option<String>,
     pub id: String,
+    pub pool: String,
+    /// Workers of the pool without which this one is not ready.
+    pub group_size: u32,
+    /// Of the device, where it is known.
+    pub peak_flops: Option<f64>,
     pub device: String,
     /// The device's memory, if it has its own.
     pub device_memory_bytes: Option<u64>,
@@ -92,6 +107,9 @@ impl From<ServeArgs> for WorkerConfig {
             coordinator: args.coordinator,
             advertise: args.advertise.filter(|url| !url.is_empty()),
             data_host: args.data_host.filter(|host| !host.is_empty()),
+            pool: args.pool,
+            group_size: args.group_size,
+            peak_flops: args.peak_flops,
             device: args.device,
             device_memory_bytes: None,
             roots: args.roots,
@@ -127,6 +145,8 @@ impl WorkerConfig {
         };
         Ok(pb::WorkerInfo {
             id: self.id.clone(),
+            pool: self.pool.clone(),
+            peak_flops: self.peak_flops.unwrap_or(0.0),
             endpoint,
             device: self.device.clone(),
             memory_bytes: self.device_memory_bytes.unwrap_or_else(crate::memory::available_to_process_bytes),
@@ -157,6 +177,9 @@ mod tests {
             advertise: None,
             data_host: None,
             id: "w".into(),
+            pool: String::new(),
+            group_size: 1,
+            peak_flops: None,
             device: "cpu".into(),
             device_memory_bytes: None,
             threads: 1,

@@ -74,7 +74,7 @@ pub async fn run(
     let peers = listener.peers();
     let rpc = WorkerRpc::new(engine, roots, announced.data_host.clone(), config.collective_timeout);
     metrics::show(&rpc);
-    // Ready for runs once the coordinator knows it.
+    // Ready for runs once the coordinator knows it and the rest of its group.
     let (ready, is_ready) = watch::channel(config.coordinator.is_none());
     info!(
         worker_id = announced.id,
@@ -100,6 +100,7 @@ pub async fn run(
                     register_timeout: config.register_timeout,
                     drain: config.drain,
                     rpc: &rpc,
+                    group_size: config.group_size,
                     ready,
                 }
                 .keep(&stop)

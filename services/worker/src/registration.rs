@@ -49,7 +49,9 @@ pub(crate) struct Registration<'a> {
     /// How long the run's checkpoint may take at the end.
     pub(crate) drain: Duration,
     pub(crate) rpc: &'a WorkerRpc,
-    /// Told whether the coordinator knows this worker.
+    /// Workers of its pool that can train together, and without which it is not ready.
+    pub(crate) group_size: u32,
+    /// Told whether the coordinator knows this worker and the rest of its group.
     pub(crate) ready: watch::Sender<bool>,
 }
 
@@ -58,6 +60,8 @@ struct Lease {
     duration: Duration,
     /// How often to renew it.
     interval: Duration,
+    /// Workers of its pool in service, itself included.
+    pool_workers: u32,
 }
 
 impl Registration<'_> {
@@ -80,7 +84,7 @@ impl Registration<'_> {
                 lease_seconds = registered.duration.as_secs_f64(),
                 "registered"
             );
-            self.ready.send_replace(true);
+            self.note_pool(registered.pool_workers);
             let lease_id = registered.id.clone();
             tokio::select! {
                 () = stop.cancelled() => {
@@ -96,6 +100,19 @@ impl Registration<'_> {
         }
     }
 
+    /// Ready once the whole group is there.
+    fn note_pool(&self, pool_workers: u32) {
+        let whole = pool_workers >= self.group_size;
+        self.ready.send_if_modified(|ready| {
+            let changed = *ready != whole;
+            if changed && !whole {
+                info!(pool_workers, group_size = self.group_size, "not ready: the group is not complete");
+            }
+            *ready = whole;
+            changed
+        });
+    }
+
     /// Tries until it succeeds, or until `give_up`.
     async fn register(
         &self,
@@ -107,13 +124,13 @@ impl Registration<'_> {
             let request = pb::RegisterRequest { info: Some(self.worker.clone()) };
             let status = match client.register(within(CALL, request)).await {
                 Ok(response) => {
-                    let pb::RegisterResponse { lease_id, lease_duration, renew_interval } =
+                    let pb::RegisterResponse { lease_id, lease_duration, renew_interval, pool_workers } =
                         response.into_inner();
                     let duration = usable(duration_from_pb(lease_duration));
                     let third = duration / 3;
                     let interval =
                         duration_from_pb(renew_interval).unwrap_or(third).clamp(SHORTEST_INTERVAL, third);
-                    return Ok(Lease { id: lease_id, duration, interval });
+                    return Ok(Lease { id: lease_id, duration, interval, pool_workers });
                 }
                 Err(status) => status,
             };
@@ -167,7 +184,7 @@ impl Registration<'_> {
 
     /// Renews the lease as often as it was asked to; returns when it is lost.
     async fn renew_until_lost(&self, client: &mut RegistryClient, lease: Lease) {
-        let Lease { id, mut duration, interval } = lease;
+        let Lease { id, mut duration, interval, .. } = lease;
         let mut renewed = Instant::now();
         let mut retries = pauses();
         let mut pause = interval;
@@ -176,7 +193,9 @@ impl Registration<'_> {
             let request = self.renewal(&id, false);
             match client.renew(within(CALL.min(duration), request)).await {
                 Ok(response) => {
-                    duration = usable(duration_from_pb(response.into_inner().lease_duration));
+                    let response = response.into_inner();
+                    self.note_pool(response.pool_workers);
+                    duration = usable(duration_from_pb(response.lease_duration));
                     renewed = Instant::now();
                     retries = pauses();
                     pause = interval.min(duration / 3);

@@ -146,6 +146,11 @@ impl Cluster {
 
     /// Starts a worker and waits until it is registered.
     pub async fn add_worker(&mut self, id: &str, engine: Arc<dyn Engine>) {
+        self.add_worker_of(id, engine, "", 1).await;
+    }
+
+    /// The same, of a pool whose workers are ready once `group_size` of them are there.
+    pub async fn add_worker_of(&mut self, id: &str, engine: Arc<dyn Engine>, pool: &str, group_size: u32) {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()
@@ -158,6 +163,9 @@ impl Cluster {
             advertise: None,
             data_host: None,
             id: id.to_owned(),
+            pool: pool.to_owned(),
+            group_size,
+            peak_flops: None,
             device: "cpu".to_owned(),
             device_memory_bytes: None,
             threads: 1,

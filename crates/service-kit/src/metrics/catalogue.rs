@@ -40,6 +40,8 @@ catalogue! {
         "Memory of its fullest rank after its last step";
     RUN_FLOP_RATE: Gauge "espalier.run.flops" ["{flop}/s"] ("run_id")
         "Floating-point operations a second of its last step, all ranks together, by the planner's count";
+    RUN_UTILIZATION: Gauge "espalier.run.flop.utilization" ["1"] ("run_id")
+        "The same as a share of what its workers' devices do at their peak, where all of them say it (`--peak-flops`)";
     RUN_CHECKPOINT_AGE: Gauge "espalier.run.checkpoint.age" ["s"] ("run_id")
         "Time since its last complete checkpoint";
     STEP_DURATION: Histogram "espalier.step.duration" ["s"] ("run_id")

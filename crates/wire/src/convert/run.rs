@@ -29,6 +29,7 @@ pub fn from_pb(message: Option<pb::RunSpec>, path: &str, found: &mut Violations)
     let message = message.unwrap_or_default();
     required_text(&message.model, &at("model"), "a Hugging Face model folder", found);
     bounded_text(&message.display_name, &at("display_name"), found);
+    bounded_text(&message.worker_pool, &at("worker_pool"), found);
     let recipe = recipe::from_pb(message.recipe, &at("recipe"), found);
     if message.training_data.is_empty() && recipe.steps > 0 {
         found.reject(
@@ -70,6 +71,7 @@ pub fn from_pb(message: Option<pb::RunSpec>, path: &str, found: &mut Violations)
         export: message.export.map(|spec| export_from_pb(spec, &at("export"), found)),
         display_name: message.display_name,
         min_tp_degree,
+        worker_pool: message.worker_pool,
         durability,
         guard,
     }
@@ -167,6 +169,7 @@ pub fn to_pb(spec: &RunSpec) -> pb::RunSpec {
         export: spec.export.as_ref().map(export_to_pb),
         display_name: spec.display_name.clone(),
         min_tp_degree: Some(u32::try_from(spec.min_tp_degree).unwrap_or(u32::MAX)),
+        worker_pool: spec.worker_pool.clone(),
         durability: Some(durability_to_pb(&spec.durability)),
         guard: spec.guard.as_ref().map(guard_to_pb),
     }

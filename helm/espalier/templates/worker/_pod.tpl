@@ -52,6 +52,14 @@ spec:
         - {{ include "espalier.coordinatorAddress" $root }}
         - --advertise
         - {{ include "espalier.scheme" $root }}://$(POD_NAME).{{ $service }}.{{ $root.Release.Namespace }}.svc.{{ $root.Values.clusterDomain }}:{{ $pool.port }}
+        - --pool
+        - {{ $name }}
+        - --group-size
+        - {{ default (max 1 ($pool.replicas | int)) $pool.groupSize | quote }}
+        {{- with $pool.peakFlops }}
+        - --peak-flops
+        - {{ . | quote }}
+        {{- end }}
         - --device
         - {{ $pool.device }}
         - --threads

@@ -53,7 +53,7 @@ impl Runs {
                     &spec,
                     &context.roots,
                     context.blame_grace(),
-                    &context.registry.device(spec.tp_degree),
+                    &context.registry.device(spec.tp_degree, &spec.worker_pool),
                     false,
                     found,
                 )?;
@@ -103,7 +103,7 @@ impl Runs {
                     &spec,
                     &context.roots,
                     context.blame_grace(),
-                    &context.registry.device(spec.tp_degree),
+                    &context.registry.device(spec.tp_degree, &spec.worker_pool),
                     stop_pruning,
                     found,
                 )?;

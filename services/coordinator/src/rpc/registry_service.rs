@@ -27,13 +27,14 @@ impl RegistryService for Registration {
         let mut found = Violations::default();
         check(&info, &self.context.peers, &mut found);
         let info = found.finish(info)?;
-        let lease_id = self
+        let registered = self
             .context
             .registry
             .register(info)
             .map_err(|full: RegistryFull| Failure::from_error(Reason::Refused, &full))?;
         Ok(Response::new(pb::RegisterResponse {
-            lease_id,
+            lease_id: registered.lease_id,
+            pool_workers: registered.pool_workers,
             lease_duration: Some(duration_to_pb(self.context.registry.lease())),
             renew_interval: Some(duration_to_pb(self.context.registry.renew_interval())),
         }))
@@ -48,6 +49,7 @@ impl RegistryService for Registration {
             lease_duration: Some(duration_to_pb(self.context.registry.lease())),
             idle: renewed.idle,
             draining: renewed.draining,
+            pool_workers: renewed.pool_workers,
         }))
     }
 
@@ -101,10 +103,14 @@ fn check(info: &pb::WorkerInfo, peers: &ClientSecurity, found: &mut Violations) 
         ("info.version", &info.version),
         ("info.data_host", &info.data_host),
         ("info.incarnation", &info.incarnation),
+        ("info.pool", &info.pool),
     ] {
         if text.len() > limits::MAX_TEXT_BYTES {
             found.reject(field, format!("must not exceed {} bytes", limits::MAX_TEXT_BYTES));
         }
+    }
+    if !(info.peak_flops.is_finite() && info.peak_flops >= 0.0) {
+        found.reject("info.peak_flops", format!("must be zero or positive; got {}", info.peak_flops));
     }
     if let Err(error) = peers.check(&info.endpoint) {
         found.reject("info.endpoint", error.to_string());

@@ -70,6 +70,7 @@ impl RegistryService for Registry {
             lease_id: "lease".into(),
             lease_duration,
             renew_interval: None,
+            pool_workers: 1,
         }))
     }
     async fn renew(&self, request: Request<pb::RenewRequest>) -> Result<Response<pb::RenewResponse>, Status> {
@@ -85,6 +86,7 @@ impl RegistryService for Registry {
             lease_duration: Some(time::duration_to_pb(self.0.lease)),
             idle: !self.0.holds.load(Ordering::SeqCst),
             draining,
+            pool_workers: 1,
         }))
     }
     async fn deregister(
@@ -168,6 +170,9 @@ pub(crate) fn config(coordinator: &str, scratch: &Path) -> WorkerConfig {
         advertise: None,
         data_host: None,
         id: "worker-a".into(),
+        pool: String::new(),
+        group_size: 1,
+        peak_flops: None,
         device: "cpu".into(),
         device_memory_bytes: None,
         threads: 1,

@@ -5,6 +5,7 @@ mod durable;
 mod ending;
 mod faults;
 mod operating;
+mod pools;
 mod recovery;
 mod watching;
 mod whole_runs;
