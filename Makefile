@@ -94,14 +94,14 @@ test-deploy: setup $(DEPLOY_VENV)/.installed $(COLLECTOR)/.installed ## check ch
 	$(DEPLOY_VENV)/bin/python -m pytest tests/deploy
 
 .PHONY: test-interop
-test-interop: setup $(INTEROP_VENV)/.installed $(BENCH_PACKAGES)/.installed ## load exported models in transformers, run the benches in small (installs torch, 3 GB, once)
+test-interop: setup $(INTEROP_VENV)/.installed $(BENCH_PACKAGES)/.installed $(COLLECTOR)/.installed ## load exported models in transformers, run the benches in small (installs torch, 3 GB, once)
 	$(BUILD_TESTS)
 	$(INTEROP_VENV)/bin/python -m pytest tests/interop
 
 # One at a time, whatever -j says.
 .NOTPARALLEL: bench
 .PHONY: bench
-bench: bench-step bench-run bench-tp bench-startup bench-decision bench-load ## measure all of the below, into benches/results and docs/benchmarks.md (hours; goes on where it was)
+bench: bench-step bench-run bench-tp bench-startup bench-telemetry bench-decision bench-load ## measure all of the below, into benches/results and docs/benchmarks.md (hours; goes on where it was)
 
 .PHONY: bench-step
 bench-step: bench-build ## time one optimizer step, with its memory and its scores, against PyTorch + peft
@@ -121,6 +121,11 @@ bench-tp: bench-build ## time two workers of one thread against one of two
 .PHONY: bench-startup
 bench-startup: bench-build ## time the start of a run of 135M and of 7B weights (14 GB on disk), page cache cold and warm
 	@$(BENCH) startup $(BENCH_FLAGS)
+	@$(BENCH_DOCS)
+
+.PHONY: bench-telemetry
+bench-telemetry: bench-build $(COLLECTOR)/.installed ## time steps with traces and metrics sent to a collector, and without
+	@$(BENCH) telemetry $(BENCH_FLAGS)
 	@$(BENCH_DOCS)
 
 .PHONY: bench-decision

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Measures speed and memory: `make bench`, or one of them.
 
-    bench.py NAME... [--quick] [--rounds 3] [--steps N] [--minutes 15]   step, run, tp, startup, decision, load, or all
+    bench.py NAME... [--quick] [--rounds 3] [--steps N] [--minutes 15]   step, run, tp, startup, telemetry, decision,
+                                                                    load, or all
 
 Sides take turns, round by round, so that what else the machine does falls on all of them. Each sample is kept at once in
 benches/results/NAME.json; a command that was stopped goes on where it was, and begins anew when a program, a script or an
@@ -19,11 +20,20 @@ import decision
 import load
 import startup
 import step
+import telemetry
 import tensor_parallel
 import whole_run
 from harness import REPOSITORY, BenchError, Place, Results, digest_of, stop_all
 
-BENCHES = {"step": step, "run": whole_run, "tp": tensor_parallel, "startup": startup, "decision": decision, "load": load}
+BENCHES = {
+    "step": step,
+    "run": whole_run,
+    "tp": tensor_parallel,
+    "startup": startup,
+    "telemetry": telemetry,
+    "decision": decision,
+    "load": load,
+}
 
 
 def arguments():

@@ -7,6 +7,7 @@ import load
 import shapes
 import startup
 import step
+import telemetry
 import tensor_parallel
 import whole_run
 
@@ -212,6 +213,19 @@ def of_startup(figures):
     return [table([*head, "warm: first step after:", "of that loading:"], rows)]
 
 
+def of_telemetry(figures):
+    rows = []
+    for case in figures.cases():
+        off, on = (figures.all(case, side, "step_s") for side in (telemetry.OFF, telemetry.ON))
+        # Of all steps of all rounds but each round's first, so that no one moment of the machine decides.
+        medians = [statistics.median(each for steps in rounds for each in steps[1:]) if rounds else None for rounds in (off, on)]
+        fastest = [min(each for steps in rounds for each in steps[1:]) if rounds else None for rounds in (off, on)]
+        more = [percent(pair[1] / pair[0] - 1, 2) if all(pair) else MISSING for pair in (medians, fastest)]
+        rows.append([title_of(case), number(sum(map(len, on))), *map(seconds, medians), more[0], *map(seconds, fastest), more[1], "1 %"])
+    head = ["shape", "steps of each:", "median, off:", "OTLP:", "more:", "fastest, off:", "OTLP:", "more:", "goal:"]
+    return [table(head, rows)]
+
+
 def of_decision(figures):
     rows = []
     for case in figures.cases():
@@ -282,6 +296,7 @@ TABLES = {
     "run": of_run,
     "tp": of_tp,
     "startup": of_startup,
+    "telemetry": of_telemetry,
     "decision": of_decision,
     "load": of_load,
 }

@@ -21,10 +21,11 @@ SAID = {
     "run": ("train_s", "dense_step_s", "last_step_s", "peak_resident_bytes"),
     "tp": ("dense_step_s", "mask_applied_s", "checkpoint_s", "decide_s"),
     "startup": ("running_s", "load_s"),
+    "telemetry": ("dense_step_s",),
     "decision": ("run-global",),
     "load": ("decisions_a_second", "events_a_second", "bare_messages_a_second", "first_mask_s.median", "memory_most_bytes"),
 }
-SAMPLES = {"step": 3, "run": 7, "tp": 2, "startup": 2, "decision": 1, "load": 1}
+SAMPLES = {"step": 3, "run": 7, "tp": 2, "startup": 2, "telemetry": 2, "decision": 1, "load": 1}
 
 sys.path[:0] = [str(SPEED), str(PACKAGES)]
 

@@ -311,6 +311,7 @@ async fn send_step(
 #[tonic::async_trait]
 impl WorkerService for Simulated {
     type TrainStream = Made<pb::TrainResponse>;
+    type CalibrateStream = Made<pb::CalibrateResponse>;
     type EvaluateTaskStream = Made<pb::EvaluateTaskResponse>;
     type CheckpointStream = Made<pb::CheckpointResponse>;
 
@@ -372,6 +373,13 @@ impl WorkerService for Simulated {
         &self,
         _: Request<pb::EvaluateRequest>,
     ) -> Result<Response<pb::EvaluateResponse>, Status> {
+        Err(Status::unimplemented("simulated workers measure nothing"))
+    }
+
+    async fn calibrate(
+        &self,
+        _: Request<pb::CalibrateRequest>,
+    ) -> Result<Response<Self::CalibrateStream>, Status> {
         Err(Status::unimplemented("simulated workers measure nothing"))
     }
 

@@ -45,7 +45,7 @@ impl Shard {
             Some(Compensation::LeastSquares(choice)) => choice,
             Some(Compensation::None) | None => return Ok(()),
         };
-        let removes = |layer: usize, which: Narrowing| {
+        let takes = |layer: usize, which: Narrowing| {
             let (now, then) = (&self.keep_mask.layers[layer], &keep_mask.layers[layer]);
             match which {
                 Narrowing::O => now.query_heads != then.query_heads,
@@ -53,11 +53,11 @@ impl Shard {
             }
         };
         let layers = self.keep_mask.layers.len();
-        let Some(last) =
-            (0..layers).rev().find(|layer| Narrowing::BOTH.iter().any(|which| removes(*layer, *which)))
-        else {
-            return Ok(());
+        // Of a layer that goes as a whole nothing stays that could make up for it.
+        let solves = |layer: usize| {
+            !keep_mask.layers[layer].is_removed() && Narrowing::BOTH.iter().any(|which| takes(layer, *which))
         };
+        let Some(last) = (0..layers).rev().find(|layer| solves(*layer)) else { return Ok(()) };
         let factors = self.compute_factors()?;
         let adapters = Adapters {
             layout: &self.layout,
@@ -79,7 +79,7 @@ impl Shard {
         for layer in 0..=last {
             let started = Instant::now();
             for which in Narrowing::BOTH {
-                let kept = if removes(layer, which) {
+                let kept = if takes(layer, which) {
                     let place = Place { layer, which, tp_rank: self.setup.tp_rank };
                     let head_dim = self.source.spec().head_dim;
                     Some(Kept::new(&self.placement, &then, place, head_dim, compute, self.device)?)
@@ -227,7 +227,7 @@ struct Work<'a> {
 impl Work<'_> {
     /// Takes the streams through o or down and adds what comes out; with `kept`, compensates it first.
     fn advance(&mut self, layer: usize, which: Narrowing, kept: Option<&Kept>) -> Result<()> {
-        if let Some(kept) = kept {
+        if let Some(kept) = kept.filter(|kept| kept.count > 0) {
             let statistics = self.statistics(layer, which, kept)?;
             let delta = statistics.solve(self.choice.damping).map_err(|error| match error {
                 Unsolved::Fault(fault) => fault,
@@ -242,6 +242,12 @@ impl Work<'_> {
             *weight = kept.changed(weight, &delta)?;
         } else {
             for segment in &mut self.segments {
+                if kept.is_some()
+                    && self.choice.target == CompensationTarget::Stream
+                    && segment.dense.is_none()
+                {
+                    segment.dense = Some(segment.pruned.shallow_clone());
+                }
                 if let Some(dense) = &segment.dense {
                     let pass = self.model.pass(&segment.rows, self.adapters, 0)?;
                     let shard = &self.model.layers[layer];

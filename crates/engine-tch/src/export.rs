@@ -31,7 +31,9 @@ pub(crate) fn export(job: &ExportJob, logits_program: &Path) -> Result<ExportWri
         .map(|(rank, (path, sha256))| RankState::read(path, sha256, rank, job.shards.len()))
         .collect::<Result<Vec<_>>>()?;
     let pruned = job.keep_mask.pruned_spec(dense);
-    let written_spec = checkpoint::padded_spec(&pruned);
+    let written_spec = checkpoint::padded_spec(&pruned.without_removed_layers());
+    let sources =
+        (0..dense.layers.len()).filter(|layer| !job.keep_mask.layers[*layer].is_removed()).collect();
     let dtype = match job.dtype {
         ExportDtype::Bf16 => Dtype::Bf16,
         ExportDtype::F16 => Dtype::F16,
@@ -50,7 +52,8 @@ pub(crate) fn export(job: &ExportJob, logits_program: &Path) -> Result<ExportWri
         .map(|(name, shape)| TensorHeader { name, dtype, shape })
         .collect();
     let mut writer = FolderWriter::create(&job.out, headers, job.max_shard_bytes).map_err(|e| file(&e))?;
-    let merge = Merge { source: &source, ranks: &ranks, job, pruned: &pruned, written: &written_spec };
+    let merge =
+        Merge { source: &source, ranks: &ranks, job, pruned: &pruned, written: &written_spec, sources };
     let mut weight_bytes = 0;
     for (name, shape) in checkpoint::required_tensors(&written_spec) {
         let merged = merge.tensor(&name)?;
@@ -146,14 +149,22 @@ struct Merge<'a> {
     job: &'a ExportJob,
     pruned: &'a ModelSpec,
     written: &'a ModelSpec,
+    /// By layer that is written: which of the source's it is.
+    sources: Vec<usize>,
 }
 
 impl Merge<'_> {
     fn tensor(&self, name: &str) -> Result<Tensor> {
-        for layer in 0..self.written.layers.len() {
+        let mut of_source = name.to_owned();
+        for (layer, &source) in self.sources.iter().enumerate() {
             for projection in Projection::ALL {
                 if checkpoint::projection_weight(layer, projection) == name {
                     return self.projection(layer, projection);
+                }
+            }
+            for norm in [checkpoint::input_norm, checkpoint::post_attention_norm] {
+                if norm(layer) == name {
+                    of_source = norm(source);
                 }
             }
         }
@@ -166,14 +177,15 @@ impl Merge<'_> {
             }
             _ => compute,
         };
-        Ok(self.source.tensor(name)?.f_to_kind(held)?)
+        Ok(self.source.tensor(&of_source)?.f_to_kind(held)?)
     }
 
     /// `W0 + s B A` of the kept groups, in f32, padded with zeros to the width that is written. `W0` is what the run
     /// computed with, which the adapters were tuned to: rounded to the format that it was held in, or the values that its
-    /// codes stand for.
-    fn projection(&self, layer: usize, projection: Projection) -> Result<Tensor> {
+    /// codes stand for. `written` is the layer's place in what is written.
+    fn projection(&self, written: usize, projection: Projection) -> Result<Tensor> {
         let head_dim = self.pruned.head_dim;
+        let layer = self.sources[written];
         let keep = &self.job.keep_mask.layers[layer];
         let held = RankLayer {
             query_heads: keep.query_heads.clone(),
@@ -190,7 +202,7 @@ impl Merge<'_> {
         let b = self.factor(layer, projection, Factor::B, &features)?;
         let update = b.f_mm(&a)?.f_mul_scalar_(self.job.recipe.lora.scaling())?;
         let merged = base.f_add(&update.f_to_kind(Kind::Float)?)?;
-        self.pad(layer, projection, keep, merged, dim)
+        self.pad(written, projection, keep, merged, dim)
     }
 
     /// `W0` of the kept features, in f32.
@@ -279,18 +291,18 @@ impl Merge<'_> {
     /// Zeros after the kept groups; query heads stay with their key/value head.
     fn pad(
         &self,
-        layer: usize,
+        written: usize,
         projection: Projection,
         keep: &LayerKeep,
         merged: Tensor,
         dim: i64,
     ) -> Result<Tensor> {
-        let (now, then) = (keep.widths(), self.written.layers[layer]);
+        let (now, then) = (keep.widths(), self.written.layers[written]);
         if now == then {
             return Ok(merged);
         }
         let head_dim = self.pruned.head_dim as i64;
-        let width = self.written.projection_shape(layer, projection)[dim as usize] as i64;
+        let width = self.written.projection_shape(written, projection)[dim as usize] as i64;
         let mut shape = merged.size();
         shape[dim as usize] = width;
         let padded = Tensor::f_zeros(&shape, (merged.kind(), Device::Cpu))?;

@@ -89,6 +89,8 @@ pub(crate) struct Pass<'a> {
 
 /// What a layer's forward pass leaves for its backward pass.
 pub(crate) enum Saved {
+    /// Of a layer that passes its input on.
+    Nothing,
     All(Box<Activations>),
     /// Only the input: everything else is computed again.
     Input(Tensor),
@@ -357,6 +359,7 @@ impl LayerShard {
         communicator: &mut dyn Communicator,
     ) -> Result<Tensor> {
         let kept = match saved {
+            Saved::Nothing => return Ok(grad),
             Saved::All(activations) => *activations,
             Saved::Input(x) => self.run(layer, x, pass, communicator, false)?.1,
         };

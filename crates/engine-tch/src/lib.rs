@@ -2,6 +2,7 @@
 //!
 //! The backward pass is written by hand (`layer`, `loss`, `ops`): autograd is the oracle of the tests, not the engine.
 
+mod calibration;
 mod communicator;
 mod compensation;
 mod cuda;

@@ -25,6 +25,8 @@ mod continuation;
 /// The frozen model, as far as this rank holds it.
 pub(crate) struct Model {
     pub(crate) layers: Vec<LayerShard>,
+    /// By layer: whether what comes in goes out, as if the layer were not there.
+    pub(crate) passed_over: Vec<bool>,
     embedding: Tensor,
     /// Absent when tied to the embedding.
     head: Option<Tensor>,
@@ -105,6 +107,7 @@ impl Model {
             false => Some(source.vocabulary(checkpoint::LM_HEAD, &vocabulary, vocabulary_kind, device)?),
         };
         Ok(Self {
+            passed_over: vec![false; held.len()],
             layers,
             embedding: source.vocabulary(checkpoint::EMBEDDING, &vocabulary, vocabulary_kind, device)?,
             head,
@@ -216,6 +219,12 @@ impl Model {
             VocabularyHead::embed(&self.embedding, &self.vocabulary, &rows.ids, self.compute, communicator)?;
         let mut all = Vec::new();
         for (index, layer) in self.layers.iter().enumerate() {
+            if self.passed_over[index] {
+                if save.is_some() {
+                    all.push(Saved::Nothing);
+                }
+                continue;
+            }
             let (out, saved) =
                 layer.forward(index, hidden, pass, save.unwrap_or(Recompute::Layer), communicator)?;
             if save.is_some() {

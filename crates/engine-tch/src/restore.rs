@@ -116,6 +116,7 @@ impl Restored {
         }
         shard.generation = self.restore.generation;
         shard.keep_mask = self.restore.keep_mask;
+        shard.model.passed_over = shard.removed_layers();
         let shrink = shard.setup.recipe.pruning.as_ref().map(|pruning| pruning.shrink);
         if shrink == Some(Shrink::Never) && shard.generation > 0 {
             shard.mask_again()?;

@@ -19,8 +19,9 @@ use crate::state_file;
 use crate::tangent;
 use crate::teacher::Teacher;
 use engine::{
-    CollectiveBackend, Engine, EngineError, ExportJob, ExportWritten, MOST_SKIPPED, MaskApplied, NllSum,
-    PhaseTimes, ProjectionScores, Prompt, Rendezvous, ShardEngine, ShardSetup, Snapshot, StepOutcome,
+    Calibration, CollectiveBackend, Engine, EngineError, ExportJob, ExportWritten, MOST_SKIPPED, MaskApplied,
+    NllSum, PhaseTimes, ProjectionScores, Prompt, Rendezvous, Report, ShardEngine, ShardSetup, Snapshot,
+    StepOutcome,
 };
 use model_spec::{ModelSpec, Projection};
 use pruning::KeepMask;
@@ -186,6 +187,11 @@ impl Shard {
             restored.put_into(&mut shard)?;
         }
         Ok(shard)
+    }
+
+    /// Layers that have gone as a whole, by place.
+    pub(crate) fn removed_layers(&self) -> Vec<bool> {
+        self.keep_mask.layers.iter().map(pruning::LayerKeep::is_removed).collect()
     }
 
     pub(crate) fn held(&self) -> &[sharding::RankLayer] {
@@ -487,7 +493,7 @@ impl Shard {
         self.teacher.keep(&unread, &read)
     }
 
-    fn evaluate_rows(&mut self, rows: &[&[u32]], rows_per_pass: usize) -> Result<NllSum> {
+    pub(crate) fn evaluate_rows(&mut self, rows: &[&[u32]], rows_per_pass: usize) -> Result<NllSum> {
         let factors = self.compute_factors()?;
         let mut sum = NllSum::default();
         for rows in rows.chunks(rows_per_pass.max(1)) {
@@ -659,6 +665,14 @@ impl ShardEngine for Shard {
         micro_batches: &[Vec<&[u32]>],
     ) -> std::result::Result<StepOutcome, EngineError> {
         Ok(self.step(step, micro_batches)?)
+    }
+
+    fn calibrate(
+        &mut self,
+        rows: &[&[u32]],
+        report: &mut Report<'_>,
+    ) -> std::result::Result<Calibration, EngineError> {
+        self.calibrate_on(rows, report)
     }
 
     fn apply_mask(

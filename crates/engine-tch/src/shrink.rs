@@ -53,6 +53,7 @@ impl Shard {
             }
         };
         self.keep_mask = keep_mask.clone();
+        self.model.passed_over = self.removed_layers();
         self.generation = generation;
         Ok(MaskApplied { received_groups })
     }

@@ -1,6 +1,7 @@
 //! The engine against references: transformers' logits, autograd, finite differences, and a plain PyTorch LoRAPrune.
 //! The goldens are in `tests/fixtures`, with the scripts that made them.
 
+mod blocks;
 mod compensation;
 mod distillation;
 mod golden_runs;

@@ -7,7 +7,7 @@ pub mod toy;
 
 pub use progress::{Progress, ProgressCounts};
 pub use shard_engine::{
-    CollectiveBackend, Engine, EngineError, ExportDtype, ExportJob, ExportWritten, MOST_SKIPPED, MaskApplied,
-    NllSum, PhaseTimes, ProjectionScores, Prompt, Rendezvous, Restore, ShardEngine, ShardSetup, Snapshot,
-    StepOutcome,
+    Calibration, CalibrationProgress, CollectiveBackend, Engine, EngineError, ExportDtype, ExportJob,
+    ExportWritten, MOST_SKIPPED, MaskApplied, NllSum, PhaseTimes, ProjectionScores, Prompt, Rendezvous,
+    Report, Restore, ShardEngine, ShardSetup, Snapshot, StepOutcome,
 };

@@ -85,6 +85,25 @@ pub struct ProjectionScores {
     pub values: Vec<f64>,
 }
 
+/// What passes over calibration windows found, for a decision that wants them. Equal on all ranks, but for `scores`.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Calibration {
+    /// One score for each block, the lowest to go first; empty where no blocks go.
+    pub blocks: Vec<f64>,
+    /// Blocks in the order in which they go, where each was judged without those before it; else empty.
+    pub block_order: Vec<usize>,
+}
+
+/// How far a calibration is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CalibrationProgress {
+    pub passes: u64,
+    pub total_passes: u64,
+}
+
+/// Hears how far a calibration is; its error ends it.
+pub type Report<'a> = dyn FnMut(CalibrationProgress) -> Result<(), EngineError> + 'a;
+
 /// What applying a decision did on this rank.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MaskApplied {
@@ -241,6 +260,13 @@ pub trait ShardEngine {
     /// The [`MOST_SKIPPED`]th skipped step in a row and one more, a score that is not finite, a lost peer, or, where the
     /// recipe distils, a window that was not taught; the optimizer step has then not been taken.
     fn train_step(&mut self, step: u64, micro_batches: &[Vec<&[u32]>]) -> Result<StepOutcome, EngineError>;
+
+    /// Makes the passes over `rows`, of equal length and the same on all ranks, that the recipe's next decision is calibrated
+    /// on, and tells `report` of them. Nothing of the shard changes.
+    ///
+    /// # Errors
+    /// When the recipe needs none or there is nothing to calibrate on, a score is not finite, or a peer is lost.
+    fn calibrate(&mut self, rows: &[&[u32]], report: &mut Report<'_>) -> Result<Calibration, EngineError>;
 
     /// Puts decision `generation` into force: compensates on the windows of `calibration`, of equal length and the same on
     /// all ranks, where the recipe says so; slices or masks, and moves groups between uneven ranks.

@@ -5,11 +5,12 @@
 //! other ones. Ranks do not talk to each other.
 
 use crate::{
-    Engine, EngineError, ExportJob, ExportWritten, MOST_SKIPPED, MaskApplied, NllSum, PhaseTimes,
-    ProjectionScores, Prompt, Rendezvous, Restore, ShardEngine, ShardSetup, Snapshot, StepOutcome,
+    Calibration, CalibrationProgress, Engine, EngineError, ExportJob, ExportWritten, MOST_SKIPPED,
+    MaskApplied, NllSum, PhaseTimes, ProjectionScores, Prompt, Rendezvous, Report, Restore, ShardEngine,
+    ShardSetup, Snapshot, StepOutcome,
 };
 use model_spec::{ModelSpec, Projection};
-use pruning::KeepMask;
+use pruning::{DepthGoal, KeepMask};
 use recipe::Shrink;
 use sha2::{Digest, Sha256};
 use sharding::Placement;
@@ -358,6 +359,33 @@ impl ShardEngine for ToyShard {
         self.setup.progress.tick();
         self.taught.extend(rows.iter().map(|row| row.to_vec()));
         Ok(())
+    }
+
+    fn calibrate(&mut self, rows: &[&[u32]], report: &mut Report<'_>) -> Result<Calibration, EngineError> {
+        self.require_group()?;
+        let depth = self.setup.recipe.pruning.as_ref().and_then(|pruning| pruning.depth);
+        let Some(depth) = depth else {
+            return Err(EngineError::Refused("the recipe's decisions need no calibration".into()));
+        };
+        if rows.is_empty() {
+            return Err(EngineError::Refused("there is no window to calibrate on".into()));
+        }
+        let layers = self.spec.layers.len();
+        for pass in 1..=layers as u64 {
+            std::thread::sleep(self.step_time);
+            self.setup.progress.tick();
+            report(CalibrationProgress { passes: pass, total_passes: layers as u64 })?;
+        }
+        let seed = self.setup.recipe.seed ^ self.chain;
+        let blocks = (0..layers).map(|layer| unit_interval(mix(seed ^ mix(layer as u64)))).collect();
+        let mut calibration = Calibration { blocks, block_order: Vec::new() };
+        if depth.iterative {
+            let pruning = self.setup.recipe.pruning.as_ref();
+            let goal = pruning.and_then(|pruning| DepthGoal::resolve(&self.spec, pruning, &depth).ok());
+            calibration.block_order =
+                goal.and_then(|goal| goal.select(&calibration.blocks).ok()).unwrap_or_default();
+        }
+        Ok(calibration)
     }
 
     fn train_step(&mut self, step: u64, micro_batches: &[Vec<&[u32]>]) -> Result<StepOutcome, EngineError> {

@@ -27,6 +27,12 @@ impl LayerSpec {
         self.query_head_count.checked_div(self.kv_head_count).unwrap_or(0)
     }
 
+    /// Whether nothing of the layer is left: what comes in goes out.
+    #[must_use]
+    pub fn is_removed(&self) -> bool {
+        *self == Self { query_head_count: 0, kv_head_count: 0, intermediate_size: 0 }
+    }
+
     /// The key/value head that `query_head` attends with: `h / (heads per kv head)`, as `transformers` repeats them.
     #[must_use]
     pub fn kv_head_of(&self, query_head: usize) -> usize {

@@ -115,13 +115,21 @@ impl ModelSpec {
             .sum()
     }
 
-    /// All parameters: embedding, head (once when tied), norms and projections.
+    /// All parameters: embedding, head (once when tied), and norms and projections of the layers that are not removed.
     #[must_use]
     pub fn parameter_count(&self) -> u64 {
         let embedding = (self.vocab_size * self.hidden_size) as u64;
         let heads = if self.tie_word_embeddings { 1 } else { 2 };
-        let norms = (2 * self.layers.len() as u64 + 1) * self.hidden_size as u64;
+        let present = self.layers.iter().filter(|layer| !layer.is_removed()).count();
+        let norms = (2 * present as u64 + 1) * self.hidden_size as u64;
         heads * embedding + norms + self.projection_weight_count()
+    }
+
+    /// The model without the layers that are removed.
+    #[must_use]
+    pub fn without_removed_layers(&self) -> Self {
+        let layers = self.layers.iter().copied().filter(|layer| !layer.is_removed()).collect();
+        Self { layers, ..self.clone() }
     }
 
     /// The widths when every layer has the same, which is what a stock `config.json` can say.

@@ -45,7 +45,7 @@ impl Course {
                 course.widths_from = WidthsFrom::EvenShares;
                 even_shares(dense, &target, recipe, share)
             });
-            course.decisions.push((step, widths));
+            course.decisions.push((step, target.with_blocks_gone(widths)));
         }
         course.target = Some(target);
         Ok(course)

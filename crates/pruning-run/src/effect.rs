@@ -26,6 +26,8 @@ pub enum Effect {
     Evaluate(Measurement),
     /// Run steps `first_step..end_step` on every rank under `generation`.
     Train { first_step: u64, end_step: u64, generation: Generation },
+    /// Make the passes that the next decision is calibrated on, on every rank under `generation`.
+    Calibrate { generation: Generation },
     /// Put a decision into force on every rank.
     ApplyMask { generation: Generation, keep_mask: Arc<KeepMask> },
     /// Write every rank's state under this name.

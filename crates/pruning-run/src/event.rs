@@ -34,6 +34,8 @@ pub enum Event {
     StepEnded { tp_rank: usize, report: RankReport },
     /// A rank's stream of steps has ended in good order.
     TrainEnded { tp_rank: usize },
+    /// A rank has made the passes that a decision is calibrated on.
+    Calibrated { tp_rank: usize, generation: Generation, found: CalibrationFound, duration: Duration },
     /// A rank has put a decision into force.
     MaskApplied { tp_rank: usize, generation: Generation },
     /// A rank has measured the held-out text.
@@ -108,6 +110,15 @@ pub struct RankReport {
     pub generation: Generation,
     /// Why the optimizer took no step; empty when it did.
     pub skipped: String,
+}
+
+/// What passes over calibration windows have found; the same on every rank.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct CalibrationFound {
+    /// One score for each block, where blocks go; the lowest go first.
+    pub block_scores: Vec<f64>,
+    /// Blocks in the order in which they go, where each was judged without those before it.
+    pub block_order: Vec<usize>,
 }
 
 /// One rank's measurement of a task.

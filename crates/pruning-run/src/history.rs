@@ -49,7 +49,7 @@ impl History {
                 self.exports += u64::from(*state == RunState::Exporting);
             }
             RunEventKind::Step(report) => self.next_step = report.step + 1,
-            RunEventKind::Export(_) => {}
+            RunEventKind::Export(_) | RunEventKind::Calibration(_) => {}
             RunEventKind::Decision(decision) => self.masks.push(decision),
             RunEventKind::Evaluation(evaluation) => {
                 *self.measured.entry(evaluation.label.clone()).or_default() += 1;

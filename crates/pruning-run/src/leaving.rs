@@ -38,6 +38,7 @@ impl Transition<'_> {
             | Phase::Joining { .. }
             | Phase::Evaluating { .. }
             | Phase::Training(_)
+            | Phase::Calibrating { .. }
             | Phase::ApplyingMask { .. }
             | Phase::Snapshotting { .. }
             | Phase::AwaitingCheckpoint
@@ -98,6 +99,7 @@ impl Transition<'_> {
             }
             Phase::Evaluating { .. }
             | Phase::Training(_)
+            | Phase::Calibrating { .. }
             | Phase::ApplyingMask { .. }
             | Phase::Snapshotting { .. }
             | Phase::AwaitingCheckpoint => {
@@ -197,6 +199,7 @@ impl Transition<'_> {
             // Not paused yet: it need not pause any more.
             Phase::Evaluating { .. }
             | Phase::Training(_)
+            | Phase::Calibrating { .. }
             | Phase::ApplyingMask { .. }
             | Phase::Snapshotting { .. }
             | Phase::AwaitingCheckpoint
@@ -229,6 +232,7 @@ impl Transition<'_> {
             | Phase::Joining { .. }
             | Phase::Evaluating { .. }
             | Phase::Training(_)
+            | Phase::Calibrating { .. }
             | Phase::ApplyingMask { .. }
             | Phase::Snapshotting { .. }
             | Phase::AwaitingCheckpoint
@@ -337,6 +341,7 @@ impl Transition<'_> {
             | Phase::Joining { .. }
             | Phase::Evaluating { .. }
             | Phase::Training(_)
+            | Phase::Calibrating { .. }
             | Phase::ApplyingMask { .. }
             | Phase::Snapshotting { .. }
             | Phase::AwaitingCheckpoint

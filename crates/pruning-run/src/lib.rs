@@ -13,6 +13,7 @@
 //! 7. One generation has one mask for ever: a decision that was logged before a fault is applied again, not made anew.
 //! 8. A checkpoint is of one place between two steps, on all ranks; it counts once its manifest is written.
 
+mod calibrating;
 mod checkpointing;
 mod effect;
 mod event;
@@ -30,12 +31,12 @@ mod training;
 mod transition;
 
 pub use effect::{Effect, Measurement, Refusal, Restore};
-pub use event::{Event, Fault, RankReport, ShardFile, TaskScore};
+pub use event::{CalibrationFound, Event, Fault, RankReport, ShardFile, TaskScore};
 pub use history::History;
 pub use ids::{Generation, RunId, WorkerId};
 pub use log::{
-    Accuracy, Checkpoint, Decision, Evaluation, ExportResult, GuardVerdict, Restart, RunEvent, RunEventKind,
-    RunState, StepReport, TaskResult,
+    Accuracy, Calibration, Checkpoint, Decision, Evaluation, ExportResult, GuardVerdict, Restart, RunEvent,
+    RunEventKind, RunState, StepReport, TaskResult,
 };
 pub use run::Run;
 pub use saved::{CheckpointRef, SavedState};

@@ -1,6 +1,6 @@
 //! What a run tells the world: numbered events, from which everything shown of a run can be rebuilt.
 
-use crate::{CheckpointRef, Generation, GuardAction, TaskScore};
+use crate::{CalibrationFound, CheckpointRef, Generation, GuardAction, TaskScore};
 use model_spec::LayerSpec;
 use pruning::{KeepMask, LayerKeep};
 use serde::{Deserialize, Serialize};
@@ -28,6 +28,17 @@ pub enum RunEventKind {
     Checkpoint(Checkpoint),
     Restart(Restart),
     Guard(GuardVerdict),
+    Calibration(Arc<Calibration>),
+}
+
+/// What a decision was calibrated on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Calibration {
+    /// The decision is the one after this step.
+    pub step: u64,
+    pub found: CalibrationFound,
+    /// Wall time of the slowest rank.
+    pub duration: Duration,
 }
 
 /// Where a run stands.

@@ -1,8 +1,8 @@
 use crate::history::{History, Kept};
 use crate::training::Segment;
 use crate::{
-    CheckpointRef, Effect, ExportResult, Generation, Measurement, RunEvent, RunEventKind, RunId, RunSetup,
-    RunState, SavedState, ShardFile, TaskScore, WorkerId,
+    CalibrationFound, CheckpointRef, Effect, ExportResult, Generation, Measurement, RunEvent, RunEventKind,
+    RunId, RunSetup, RunState, SavedState, ShardFile, TaskScore, WorkerId,
 };
 use pruning::{KeepMask, MovingAverage};
 use recipe::Shrink;
@@ -112,6 +112,11 @@ pub(crate) enum Phase {
         answers: Gather<Answer>,
     },
     Training(Segment),
+    /// Passes for the decision after `step`.
+    Calibrating {
+        step: u64,
+        answers: Gather<(CalibrationFound, Duration)>,
+    },
     ApplyingMask {
         acknowledged: Gather<()>,
     },
@@ -530,6 +535,7 @@ impl Run {
             }
             Phase::Evaluating { purpose, .. } => format!("evaluating the {} model", self.label(*purpose)),
             Phase::Training(segment) => format!("training step {}", segment.first_open_step()),
+            Phase::Calibrating { step, .. } => format!("calibrating the decision after step {step}"),
             Phase::ApplyingMask { .. } => format!("applying mask {}", self.generation),
             Phase::Snapshotting { .. } | Phase::AwaitingCheckpoint => "writing the checkpoint".into(),
             Phase::FreeingMemory | Phase::Leaving { .. } => "ending its session".into(),

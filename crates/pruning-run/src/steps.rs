@@ -3,8 +3,8 @@
 use crate::run::{Gather, Phase, Purpose};
 use crate::training::EndedStep;
 use crate::transition::{Transition, agree};
-use crate::{Decision, Effect, RankReport, RunEventKind, StepReport};
-use pruning::{combine, decide, random_importances};
+use crate::{CalibrationFound, Decision, Effect, RankReport, RunEventKind, StepReport};
+use pruning::{KeepMask, Target, combine, decide, random_importances};
 use recipe::{Criterion, Shrink};
 use std::sync::Arc;
 use std::time::Duration;
@@ -131,12 +131,16 @@ impl Transition<'_> {
     }
 
     pub(crate) fn decide_or_go_on(&mut self) {
-        if self.decision_is_due() { self.decide(self.run.next_step - 1) } else { self.go_on() }
+        match self.decision_is_due() {
+            false => self.go_on(),
+            true if self.must_calibrate() => self.calibrate(self.run.next_step - 1),
+            true => self.decide(self.run.next_step - 1, None),
+        }
     }
 
     /// Decides the mask due after `step`, logs it and has every rank apply it. One that was logged before a restart is
     /// not decided anew.
-    fn decide(&mut self, step: u64) {
+    pub(crate) fn decide(&mut self, step: u64, calibration: Option<&CalibrationFound>) {
         let setup = &self.run.setup;
         let (Some(pruning), Some(target), Some(average)) =
             (&setup.recipe().pruning, setup.target(), &mut self.run.average)
@@ -151,12 +155,17 @@ impl Transition<'_> {
         let is_new = logged.is_none();
         let keep_mask = match logged {
             Some(logged) => Arc::new(logged),
-            None => match decide(dense, &self.run.keep_mask, average, target, share) {
-                Ok(keep_mask) => Arc::new(keep_mask),
-                Err(error) => {
-                    return self.fail(format!("no mask can be decided after step {step}: {}", chain(&error)));
+            None => {
+                let decided = without_blocks(&self.run.keep_mask, target, calibration).and_then(|keep_now| {
+                    decide(dense, &keep_now, average, target, share).map_err(|error| chain(&error))
+                });
+                match decided {
+                    Ok(keep_mask) => Arc::new(keep_mask),
+                    Err(error) => {
+                        return self.fail(format!("no mask can be decided after step {step}: {error}"));
+                    }
                 }
-            },
+            }
         };
         debug_assert!(keep_mask.check_subset_of(&self.run.keep_mask).is_ok(), "kept sets only shrink");
         debug_assert!(
@@ -188,6 +197,20 @@ impl Transition<'_> {
         }
         self.effects.push(Effect::ApplyMask { generation, keep_mask });
     }
+}
+
+/// The mask in force without the blocks that go by a calibration.
+fn without_blocks(
+    keep_now: &KeepMask,
+    target: &Target,
+    calibration: Option<&CalibrationFound>,
+) -> Result<KeepMask, String> {
+    let (Some(goal), Some(found)) = (target.depth(), calibration) else { return Ok(keep_now.clone()) };
+    let removed = match found.block_order.is_empty() {
+        true => goal.select(&found.block_scores),
+        false => Ok(found.block_order.clone()),
+    };
+    removed.and_then(|removed| goal.without(keep_now, &removed)).map_err(|error| error.to_string())
 }
 
 fn longest(reports: &[RankReport], part: impl Fn(&RankReport) -> Duration) -> Duration {

@@ -49,6 +49,9 @@ impl Transition<'_> {
             }
             Event::StepEnded { tp_rank, report } => self.step_ended(tp_rank, report),
             Event::TrainEnded { tp_rank } => self.train_ended(tp_rank),
+            Event::Calibrated { tp_rank, generation, found, duration } => {
+                self.calibrated(tp_rank, generation, found, duration);
+            }
             Event::MaskApplied { tp_rank, generation } => self.mask_applied(tp_rank, generation),
             Event::Evaluated {
                 tp_rank,
@@ -399,6 +402,7 @@ impl Transition<'_> {
             | Phase::Joining { .. }
             | Phase::Evaluating { .. }
             | Phase::Training(_)
+            | Phase::Calibrating { .. }
             | Phase::ApplyingMask { .. }
             | Phase::Snapshotting { .. }
             | Phase::AwaitingCheckpoint

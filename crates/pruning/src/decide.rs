@@ -48,6 +48,9 @@ pub fn decide(
             let layers = keep_now.layers.iter().zip(&average.layers).zip(&dense.layers).zip(due);
             let mut scratch = Scratch::default();
             let layers = layers.map(|(((live, importance), dense), due)| {
+                if live.is_removed() {
+                    return LayerKeep::removed();
+                }
                 let mut drop_lowest = |live: &[usize], importance: &[f64], kept_count| {
                     drop_lowest(live, importance, kept_count, &mut scratch)
                 };
@@ -176,7 +179,8 @@ fn check(
 
 /// A mask below the target is not one that this run has decided.
 fn check_above(keep_now: &KeepMask, last: &[LayerSpec]) -> Result<(), DecideError> {
-    for (layer, (live, last)) in keep_now.layers.iter().zip(last).enumerate() {
+    let there = keep_now.layers.iter().zip(last).enumerate().filter(|(_, (live, _))| !live.is_removed());
+    for (layer, (live, last)) in there {
         let live = live.widths();
         for (what, live, last) in [
             ("query heads", live.query_head_count, last.query_head_count),

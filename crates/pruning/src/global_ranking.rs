@@ -36,7 +36,8 @@ pub(crate) fn rank_globally(
     let cutter = Cutter { dense, average, legal, density: goal.density, last };
     let mut scratch = Scratch::default();
     let mut pools = Vec::with_capacity(2 * dense.layers.len());
-    for (layer, live) in keep_now.layers.iter().enumerate().filter(|(layer, _)| goal.prunable[*layer]) {
+    let may_go = |layer: usize, live: &LayerKeep| goal.prunable[layer] && !live.is_removed();
+    for (layer, live) in keep_now.layers.iter().enumerate().filter(|(layer, live)| may_go(*layer, live)) {
         pools.push(cutter.attention(layer, live, &mut scratch));
         pools.push(cutter.mlp(layer, live, &mut scratch));
     }

@@ -2,7 +2,7 @@ use model_spec::{Block, LayerSpec, ModelSpec, Projection};
 use recipe::HeadGrouping;
 use serde::{Deserialize, Serialize};
 
-/// What one layer keeps, as indices into the unpruned model, each list ascending.
+/// What one layer keeps, as indices into the unpruned model, each list ascending. One that has gone as a whole keeps nothing.
 ///
 /// Invariant: every kept query head's key/value head is kept, and all kept key/value heads keep equally many query heads.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -73,6 +73,18 @@ impl LayerKeep {
         }
     }
 
+    /// Of a layer that goes as a whole.
+    #[must_use]
+    pub fn removed() -> Self {
+        Self { query_heads: Vec::new(), kv_heads: Vec::new(), channels: Vec::new() }
+    }
+
+    /// Whether the layer has gone as a whole: what comes in goes out.
+    #[must_use]
+    pub fn is_removed(&self) -> bool {
+        self.query_heads.is_empty() && self.kv_heads.is_empty() && self.channels.is_empty()
+    }
+
     #[must_use]
     pub fn widths(&self) -> LayerSpec {
         LayerSpec {
@@ -90,7 +102,7 @@ impl KeepMask {
         Self { layers: spec.layers.iter().map(LayerKeep::full).collect() }
     }
 
-    /// The dimensions of the model that `dense` becomes.
+    /// The dimensions of the model that `dense` becomes, with widths of zero for layers that have gone.
     #[must_use]
     pub fn pruned_spec(&self, dense: &ModelSpec) -> ModelSpec {
         ModelSpec { layers: self.layers.iter().map(LayerKeep::widths).collect(), ..dense.clone() }
@@ -111,6 +123,9 @@ impl KeepMask {
             return Err(InvalidKeepMask::LayerCount { expected, actual });
         }
         for (layer, (keep, widths)) in self.layers.iter().zip(&dense.layers).enumerate() {
+            if keep.is_removed() {
+                continue;
+            }
             for (what, kept, count) in [
                 ("query head", &keep.query_heads, widths.query_head_count),
                 ("key/value head", &keep.kv_heads, widths.kv_head_count),

@@ -8,6 +8,7 @@
 
 pub mod criterion;
 mod decide;
+mod depth;
 mod global_ranking;
 mod importance;
 mod keep_mask;
@@ -21,6 +22,7 @@ mod what_if;
 
 pub use criterion::random_importance;
 pub use decide::{DecideError, decide};
+pub use depth::{DepthError, DepthGoal, block_parameters};
 pub use importance::{GroupImportance, combine, random_importances};
 pub use keep_mask::{InvalidKeepMask, KeepMask, LayerKeep, NotASubset};
 pub use moving_average::{ImportanceMismatch, MovingAverage};

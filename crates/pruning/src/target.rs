@@ -1,3 +1,4 @@
+use crate::DepthGoal;
 use crate::legal_counts::{LegalCounts, violation};
 use model_spec::{Family, LayerSpec, ModelSpec};
 use recipe::{Budget, Criterion, FieldViolation, Pruning, Shape};
@@ -15,6 +16,7 @@ pub struct Target {
     pub(crate) legal: LegalCounts,
     pub(crate) dense_layers: Vec<LayerSpec>,
     pub(crate) goal: Goal,
+    depth: Option<DepthGoal>,
     summary: TargetSummary,
 }
 
@@ -95,10 +97,20 @@ impl Target {
         if !found.is_empty() {
             return Err(found);
         }
-        let budget =
-            WeightBudget::resolve(dense, pruning, &prunable, &legal).map_err(|violation| vec![violation])?;
+        let depth = match &pruning.depth {
+            Some(depth) => {
+                Some(DepthGoal::resolve(dense, pruning, depth).map_err(|violation| vec![violation])?)
+            }
+            None => None,
+        };
+        let removed_blocks = depth.as_ref().map_or(0, |depth| depth.count);
+        if let (Some(depth), Some(recipe::Depth { blocks: None, .. })) = (&depth, &pruning.depth) {
+            return Ok(Self::of_blocks_alone(dense, legal, &prunable, depth.clone()));
+        }
+        let budget = WeightBudget::resolve(dense, pruning, &prunable, &legal, removed_blocks)
+            .map_err(|violation| vec![violation])?;
         let goal = match pruning.shape {
-            Shape::Uniform => uniform(dense, &legal, &budget),
+            Shape::Uniform => uniform(dense, &legal, &budget, dense.layers.len() - removed_blocks),
             Shape::Paper => paper(dense, &legal, &prunable, budget.sparsity),
             Shape::Global => Goal::Weights(WeightGoal {
                 removed_weights: budget.prunable_weights - budget.kept_weights,
@@ -107,11 +119,37 @@ impl Target {
             }),
         };
         let kept_prunable_weights = match &goal {
-            Goal::Counts { last, .. } => weights_of(dense, last, &prunable),
+            // All layers are alike where some go.
+            Goal::Counts { last, .. } => {
+                let there = dense.layers.len() - removed_blocks;
+                weights_of(dense, &last[..there], &prunable[..there])
+            }
             Goal::Weights(_) => budget.kept_weights,
         };
-        let summary = TargetSummary::new(dense, budget.prunable_weights, kept_prunable_weights);
-        Ok(Self { legal, dense_layers: dense.layers.clone(), goal, summary })
+        let summary =
+            TargetSummary::new(dense, budget.prunable_weights, kept_prunable_weights, removed_blocks);
+        Ok(Self { legal, dense_layers: dense.layers.clone(), goal, depth, summary })
+    }
+
+    /// Blocks go, and no head or channel besides.
+    fn of_blocks_alone(dense: &ModelSpec, legal: LegalCounts, prunable: &[bool], depth: DepthGoal) -> Self {
+        let layers = dense.layers.len();
+        let goal = Goal::Counts {
+            removals: vec![Removal { attention: 0.0, channels: 0.0 }; layers],
+            last: dense.layers.clone(),
+            rounding: Rounding::Nearest,
+        };
+        let prunable_weights = weights_of(dense, &dense.layers, prunable);
+        let of_block = dense.projection_weight_count() / layers as u64;
+        let kept = prunable_weights - depth.count as u64 * of_block;
+        let summary = TargetSummary::new(dense, prunable_weights, kept, depth.count);
+        Self { legal, dense_layers: dense.layers.clone(), goal, depth: Some(depth), summary }
+    }
+
+    /// Blocks that go as a whole at the first decision.
+    #[must_use]
+    pub fn depth(&self) -> Option<&DepthGoal> {
+        self.depth.as_ref()
     }
 
     /// The counts due when `share` of the target is due; at 1 the final ones. They never rise with `share`, and before 1
@@ -136,6 +174,17 @@ impl Target {
                 })
                 .collect(),
         )
+    }
+
+    /// Widths with some blocks gone, for plans made before it is known which: the last of those that may.
+    #[must_use]
+    pub fn with_blocks_gone(&self, mut widths: Vec<LayerSpec>) -> Vec<LayerSpec> {
+        let Some(depth) = &self.depth else { return widths };
+        let may_go = (0..widths.len()).rev().filter(|layer| depth.removable.get(*layer) == Some(&true));
+        for layer in may_go.take(depth.count).collect::<Vec<_>>() {
+            widths[layer] = LayerSpec { query_head_count: 0, kv_head_count: 0, intermediate_size: 0 };
+        }
+        widths
     }
 
     /// Weights of the largest step from one legal count of a block to the next.
@@ -172,15 +221,21 @@ impl Target {
 }
 
 impl TargetSummary {
-    fn new(dense: &ModelSpec, prunable_weights: u64, kept_prunable_weights: u64) -> Self {
+    fn new(
+        dense: &ModelSpec,
+        prunable_weights: u64,
+        kept_prunable_weights: u64,
+        removed_blocks: usize,
+    ) -> Self {
         let removed = prunable_weights - kept_prunable_weights;
+        let norms = removed_blocks as u64 * (2 * dense.hidden_size) as u64;
         Self {
             prunable_weights,
             kept_prunable_weights,
             sparsity_of_prunable: removed as f64 / prunable_weights as f64,
             sparsity_of_projections: removed as f64 / dense.projection_weight_count() as f64,
             dense_parameters: dense.parameter_count(),
-            kept_parameters: dense.parameter_count() - removed,
+            kept_parameters: dense.parameter_count() - removed - norms,
         }
     }
 }
@@ -235,10 +290,13 @@ impl WeightBudget {
         pruning: &Pruning,
         prunable: &[bool],
         legal: &LegalCounts,
+        removed_blocks: usize,
     ) -> Result<Self, FieldViolation> {
         let prunable_weights = weights_of(dense, &dense.layers, prunable);
+        let there = dense.layers.len() - removed_blocks;
         let least: Vec<LayerSpec> = dense.layers.iter().map(|layer| legal.least(layer)).collect();
-        let least_weights = weights_of(dense, &least, prunable);
+        let least_weights = weights_of(dense, &least[..there], &prunable[..there]);
+        let most_weights = weights_of(dense, &dense.layers[..there], &prunable[..there]);
         match pruning.budget {
             Budget::Sparsity(sparsity) => {
                 let field = "pruning.budget.sparsity";
@@ -258,11 +316,13 @@ impl WeightBudget {
                         ),
                     ));
                 }
-                Ok(Self { sparsity, prunable_weights, kept_weights: kept_weights.min(prunable_weights) })
+                Ok(Self { sparsity, prunable_weights, kept_weights: kept_weights.min(most_weights) })
             }
             Budget::Parameters(parameters) => {
-                let most = dense.parameter_count();
-                let least = most - (prunable_weights - least_weights);
+                let norms = removed_blocks as u64 * (2 * dense.hidden_size) as u64;
+                let whole = dense.parameter_count() - norms;
+                let most = whole - (prunable_weights - most_weights);
+                let least = whole - (prunable_weights - least_weights);
                 if !(least..=most).contains(&parameters) {
                     return Err(violation(
                         "pruning.budget.parameters",
@@ -271,7 +331,7 @@ impl WeightBudget {
                         ),
                     ));
                 }
-                let kept_weights = prunable_weights - (most - parameters);
+                let kept_weights = prunable_weights - (whole - parameters);
                 let sparsity = 1.0 - kept_weights as f64 / prunable_weights as f64;
                 Ok(Self { sparsity, prunable_weights, kept_weights })
             }
@@ -280,10 +340,19 @@ impl WeightBudget {
 }
 
 /// The same legal counts for every layer. The least ones fit the budget, which has been checked.
-fn uniform(dense: &ModelSpec, legal: &LegalCounts, budget: &WeightBudget) -> Goal {
-    let layer_count = dense.layers.len();
+///
+/// `layer_count` layers are there to be narrowed; the others go as a whole.
+fn uniform(dense: &ModelSpec, legal: &LegalCounts, budget: &WeightBudget, layer_count: usize) -> Goal {
     let layer = dense.layers[0];
-    let wanted = (1.0 - budget.sparsity) * legal.attention_steps(&layer) as f64;
+    // The share of what is there, where whole blocks go besides.
+    let share = match layer_count == dense.layers.len() {
+        true => 1.0 - budget.sparsity,
+        false => {
+            budget.kept_weights as f64
+                / weights_of(dense, &vec![layer; layer_count], &vec![true; layer_count]) as f64
+        }
+    };
+    let wanted = share * legal.attention_steps(&layer) as f64;
     let steps = legal.legal_attention(&layer);
     let distance = |steps: usize| (steps as f64 - wanted).abs();
     let nearest =
@@ -312,8 +381,8 @@ fn uniform(dense: &ModelSpec, legal: &LegalCounts, budget: &WeightBudget) -> Goa
         channels: (layer.intermediate_size - last.intermediate_size) as f64,
     };
     Goal::Counts {
-        removals: vec![removal; layer_count],
-        last: vec![last; layer_count],
+        removals: vec![removal; dense.layers.len()],
+        last: vec![last; dense.layers.len()],
         rounding: Rounding::Nearest,
     }
 }

@@ -44,6 +44,16 @@ pub fn what_if(
     pruning: &Pruning,
 ) -> Result<WhatIf, WhatIfError> {
     let target = Target::resolve(dense, pruning).map_err(WhatIfError::Budget)?;
+    let removed = keep_now.layers.iter().filter(|layer| layer.is_removed()).count();
+    if let Some(depth) = target.depth()
+        && depth.count != removed
+    {
+        let problem = format!(
+            "{} blocks would go and {removed} are gone: which ones go is not known before the run's first decision",
+            depth.count
+        );
+        return Err(WhatIfError::Budget(vec![crate::legal_counts::violation("pruning.depth", problem)]));
+    }
     let kept = decide(dense, keep_now, average, &target, 1.0).map_err(|error| match error {
         DecideError::BelowTarget { .. } | DecideError::Growth(_) => {
             WhatIfError::Regrowth { what: error.to_string() }

@@ -5,6 +5,7 @@
 mod adapter;
 mod compensation;
 mod criterion;
+mod depth;
 mod distillation;
 mod optimizer;
 mod precision;
@@ -14,6 +15,7 @@ mod schedule;
 pub use adapter::Lora;
 pub use compensation::{Compensation, CompensationTarget, LeastSquares};
 pub use criterion::{Criterion, LoraPruneForm};
+pub use depth::{BlockCriterion, Depth};
 pub use distillation::Distillation;
 pub use optimizer::{AdamW, LoraRite, Optimizer};
 pub use precision::{Compute, Precision, Recompute, Storage};
@@ -152,14 +154,24 @@ impl Recipe {
 
     /// The last step after which a mask is decided; none without pruning.
     fn last_removal(&self) -> Option<u64> {
-        self.pruning.as_ref().map(|pruning| pruning.ramp.end_step(self.steps))
+        let pruning = self.pruning.as_ref()?;
+        match pruning.only_blocks() {
+            true => self.pruning_steps().last().copied(),
+            false => Some(pruning.ramp.end_step(self.steps)),
+        }
     }
 
     /// Steps after which a mask is decided, in order; empty without pruning.
     #[must_use]
     pub fn pruning_steps(&self) -> Vec<u64> {
         match &self.pruning {
-            Some(pruning) => pruning.ramp.pruning_steps(self.steps),
+            Some(pruning) => {
+                let mut steps = pruning.ramp.pruning_steps(self.steps);
+                if pruning.only_blocks() {
+                    steps.truncate(1);
+                }
+                steps
+            }
             None => Vec::new(),
         }
     }

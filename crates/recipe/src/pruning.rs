@@ -1,4 +1,4 @@
-use crate::{Compensation, Criterion, LoraPruneForm, Ramp, Violations, in_unit_interval};
+use crate::{Compensation, Criterion, Depth, LoraPruneForm, Ramp, Violations, in_unit_interval};
 use serde::{Deserialize, Serialize};
 
 /// What is removed, how much of it, and by which rule.
@@ -19,6 +19,11 @@ pub struct Pruning {
     pub serve_tp: Vec<usize>,
     pub shrink: Shrink,
     pub compensation: Compensation,
+    /// Whole blocks that go at the first decision, before heads and channels. Absent: none.
+    pub depth: Option<Depth>,
+    /// Windows of training text that a decision is calibrated on, where its method needs passes of its own; all of them
+    /// where there are fewer.
+    pub calibration_windows: usize,
 }
 
 /// How small the result shall be.
@@ -89,6 +94,8 @@ impl Default for Pruning {
             serve_tp: Vec::new(),
             shrink: Shrink::Live,
             compensation: Compensation::default(),
+            depth: None,
+            calibration_windows: 16,
         }
     }
 }
@@ -119,6 +126,19 @@ impl Protection {
 }
 
 impl Pruning {
+    /// Whether a decision waits for calibration: passes of its own over `calibration_windows` windows. The first does, the
+    /// others go by the steps' scores.
+    #[must_use]
+    pub fn calibrates(&self) -> bool {
+        self.depth.is_some()
+    }
+
+    /// Whether whole blocks go at the first decision, and nothing after that.
+    #[must_use]
+    pub fn only_blocks(&self) -> bool {
+        matches!(self.depth, Some(Depth { blocks: None, .. }))
+    }
+
     pub(crate) fn check(&self, steps: u64, found: &mut Violations) {
         found.require(
             in_unit_interval(self.moving_average_decay, false),
@@ -140,6 +160,16 @@ impl Pruning {
         found.require(self.serve_tp.iter().all(|degree| *degree >= 1), "pruning.serve_tp", || {
             "every degree must be at least 1".into()
         });
+        found.require(self.calibration_windows >= 1, "pruning.calibration_windows", || {
+            "must be at least 1".into()
+        });
+        if let Some(depth) = &self.depth {
+            depth.check(found);
+            found.require(self.shape != Shape::Paper, "pruning.shape", || {
+                "`paper` protects layers by their places, which change when blocks go; use `uniform` or `global` with `depth`"
+                    .into()
+            });
+        }
         let protects_some = matches!(&self.protection, Protection::Layers(layers) if !layers.is_empty());
         found.require(!(protects_some && self.shape == Shape::Uniform), "pruning.protection", || {
             "protected layers keep their widths, which `shape: uniform` cannot express; use `paper` or `global`".into()

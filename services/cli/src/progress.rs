@@ -95,6 +95,14 @@ impl Progress {
                 let (measured, most) = (verdict.perplexity, verdict.max_perplexity);
                 self.note(&format!("quality guard: perplexity {measured:.4}, at most {most:.4}"));
             }
+            Some(Kind::Calibration(done)) => {
+                let duration = wire::convert::time::duration_from_pb(done.duration).unwrap_or_default();
+                self.note(&format!(
+                    "calibrated the decision after step {} in {}",
+                    done.step,
+                    units::duration(duration)
+                ));
+            }
             Some(Kind::Export(_) | Kind::Checkpoint(_)) | None => {}
         }
     }

@@ -4,7 +4,7 @@ use crate::deadlines::Deadlines;
 use crate::messages;
 use crate::metrics;
 use crate::registry::device_kind;
-use pruning_run::{Event, Fault, Generation, Measurement, RunId, ShardFile, TaskScore};
+use pruning_run::{CalibrationFound, Event, Fault, Generation, Measurement, RunId, ShardFile, TaskScore};
 use recipe::Compensation;
 use std::collections::BTreeSet;
 use std::future::Future;
@@ -195,6 +195,26 @@ impl Calls {
                 }
             };
             self.in_flight.spawn(training.in_current_span());
+        }
+    }
+
+    pub(crate) fn calibrate(&mut self, generation: Generation) {
+        let silence = self.deadlines.step;
+        for (tp_rank, client) in self.clients.iter().cloned().enumerate() {
+            let request =
+                pb::CalibrateRequest { session_id: self.session_id.clone(), generation: generation.0 };
+            let outcomes = self.outcomes.clone();
+            let calibrating = async move {
+                let started = Instant::now();
+                let event = match calibrate_on(client, request, silence).await {
+                    Ok(found) => {
+                        Event::Calibrated { tp_rank, generation, found, duration: started.elapsed() }
+                    }
+                    Err(fault) => Event::RankFailed { tp_rank, fault },
+                };
+                tell(&outcomes, event).await;
+            };
+            self.in_flight.spawn(calibrating.in_current_span());
         }
     }
 
@@ -409,6 +429,28 @@ async fn save_on(
                 return Ok(());
             }
             None => return Err(Fault::Own("it sent an empty message while writing a checkpoint".to_owned())),
+        }
+    }
+}
+
+/// One rank's calibration: signs of life, then what it found.
+async fn calibrate_on(
+    mut client: WorkerClient,
+    request: pb::CalibrateRequest,
+    silence: Duration,
+) -> Result<CalibrationFound, Fault> {
+    use pb::calibrate_response::Kind;
+    let mut stream = in_time("Calibrate", silence, client.calibrate(request)).await?.into_inner();
+    loop {
+        let Some(message) = in_time("Calibrate", silence, stream.message()).await? else {
+            return Err(Fault::Own("it ended a calibration without a result".to_owned()));
+        };
+        match message.kind {
+            Some(Kind::Progress(pb::CalibrationProgress { passes, total_passes })) => {
+                debug!(passes, total_passes, "calibration goes on");
+            }
+            Some(Kind::Result(found)) => return Ok(messages::calibration_found(found)),
+            None => return Err(Fault::Own("it sent an empty message while calibrating".to_owned())),
         }
     }
 }

@@ -351,6 +351,7 @@ impl Driver {
                 | Effect::JoinGroup { .. }
                 | Effect::Evaluate(_)
                 | Effect::Train { .. }
+                | Effect::Calibrate { .. }
                 | Effect::ApplyMask { .. }
                 | Effect::Checkpoint { .. }
                 | Effect::Commit { .. }
@@ -408,6 +409,7 @@ impl Driver {
             | Effect::JoinGroup { .. }
             | Effect::Evaluate(_)
             | Effect::Train { .. }
+            | Effect::Calibrate { .. }
             | Effect::ApplyMask { .. }
             | Effect::Checkpoint { .. }
             | Effect::Export { .. } => self.call(effect),
@@ -435,6 +437,10 @@ impl Driver {
             Effect::Train { first_step, end_step, generation } => {
                 debug!(first_step, end_step, %generation, "training");
                 calls.train(&record.id, first_step, end_step, generation);
+            }
+            Effect::Calibrate { generation } => {
+                info!(%generation, "calibrating");
+                calls.calibrate(generation);
             }
             Effect::ApplyMask { generation, keep_mask } => {
                 info!(%generation, "mask decided");

@@ -3,8 +3,8 @@
 use crate::records::StoredEvent;
 use crate::run_book::{RunRecord, ShownDecision};
 use pruning_run::{
-    Accuracy, Checkpoint, Evaluation, ExportResult, Generation, GuardVerdict, RankReport, Restart,
-    RunEventKind, RunState, StepReport, TaskResult, TaskScore,
+    Accuracy, Calibration, CalibrationFound, Checkpoint, Evaluation, ExportResult, Generation, GuardVerdict,
+    RankReport, Restart, RunEventKind, RunState, StepReport, TaskResult, TaskScore,
 };
 use std::time::Duration;
 use wire::convert::{mask, run, time};
@@ -66,6 +66,7 @@ pub(crate) fn event(stored: &StoredEvent) -> pb::RunEvent {
         RunEventKind::Checkpoint(done) => Kind::Checkpoint(checkpoint(done)),
         RunEventKind::Restart(restart) => Kind::Restart(self::restart(restart)),
         RunEventKind::Guard(verdict) => Kind::Guard(guard(verdict)),
+        RunEventKind::Calibration(done) => Kind::Calibration(calibration(done)),
     };
     pb::RunEvent { revision: event.revision, time: Some(time::time_to_pb(event.time)), kind: Some(kind) }
 }
@@ -86,6 +87,24 @@ fn restart(restart: &Restart) -> pb::Restart {
         generation: restart.generation.0,
         cause: restart.cause.clone(),
         tp_degree: u32::try_from(restart.tp_degree).unwrap_or(u32::MAX),
+    }
+}
+
+fn calibration(done: &Calibration) -> pb::Calibration {
+    let narrow = |block: &usize| u32::try_from(*block).unwrap_or(u32::MAX);
+    pb::Calibration {
+        step: done.step,
+        block_scores: done.found.block_scores.clone(),
+        block_order: done.found.block_order.iter().map(narrow).collect(),
+        duration: Some(time::duration_to_pb(done.duration)),
+    }
+}
+
+/// What a worker has found.
+pub(crate) fn calibration_found(message: pb::CalibrationResult) -> CalibrationFound {
+    CalibrationFound {
+        block_scores: message.block_scores,
+        block_order: message.block_order.into_iter().map(|block| block as usize).collect(),
     }
 }
 

@@ -65,7 +65,8 @@ pub(crate) fn note(run_id: &RunId, event: &RunEvent) {
         RunEventKind::StateChange { .. }
         | RunEventKind::Decision(_)
         | RunEventKind::Export(_)
-        | RunEventKind::Guard(_) => {}
+        | RunEventKind::Guard(_)
+        | RunEventKind::Calibration(_) => {}
     }
 }
 

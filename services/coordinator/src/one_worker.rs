@@ -136,6 +136,7 @@ pub(crate) async fn evaluate(
                 | Event::Scores { .. }
                 | Event::StepEnded { .. }
                 | Event::TrainEnded { .. }
+                | Event::Calibrated { .. }
                 | Event::MaskApplied { .. }
                 | Event::Snapshotted { .. }
                 | Event::Checkpointed { .. }

@@ -106,7 +106,8 @@ impl StoredEvent {
             | RunEventKind::Export(_)
             | RunEventKind::Checkpoint(_)
             | RunEventKind::Restart(_)
-            | RunEventKind::Guard(_) => Self { event: event.clone(), widths: Vec::new() },
+            | RunEventKind::Guard(_)
+            | RunEventKind::Calibration(_) => Self { event: event.clone(), widths: Vec::new() },
         }
     }
 

@@ -324,6 +324,7 @@ impl Shown {
                 self.restarts = restart.restarts;
                 self.generation = restart.generation;
             }
+            RunEventKind::Calibration(_) => {}
             RunEventKind::Guard(verdict) => {
                 if verdict.action == Some(GuardAction::Revert) {
                     self.generation = Generation(verdict.generation.0.saturating_sub(1));

@@ -184,7 +184,8 @@ impl Stores {
                     | RunEventKind::Export(_)
                     | RunEventKind::Checkpoint(_)
                     | RunEventKind::Restart(_)
-                    | RunEventKind::Guard(_) => None,
+                    | RunEventKind::Guard(_)
+                    | RunEventKind::Calibration(_) => None,
                 };
                 history.take_in(&stored.with_mask(mask));
             }

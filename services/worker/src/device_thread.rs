@@ -24,6 +24,7 @@ use wire::convert::{mask, time};
 use wire::pb;
 use wire::status::{Failure, Reason};
 
+mod calibration;
 mod task;
 
 /// What a session is made of.
@@ -75,6 +76,7 @@ pub(crate) struct Stretch {
 
 type Reply<T> = oneshot::Sender<Result<T, Failure>>;
 pub(crate) type TrainItem = Result<pb::TrainResponse, Status>;
+pub(crate) type CalibrationItem = Result<pb::CalibrateResponse, Status>;
 pub(crate) type TaskItem = Result<pb::EvaluateTaskResponse, Status>;
 
 pub(crate) enum Command {
@@ -92,6 +94,12 @@ pub(crate) enum Command {
         stretch: Stretch,
         accepted: Reply<()>,
         sink: mpsc::Sender<TrainItem>,
+    },
+    /// `accepted` is answered before the first pass; then signs of life and what was found go to `sink`.
+    Calibrate {
+        generation: u64,
+        accepted: Reply<()>,
+        sink: mpsc::Sender<CalibrationItem>,
     },
     ApplyMask {
         generation: u64,
@@ -277,6 +285,9 @@ impl<'a> Shard<'a> {
             }
             Command::Evaluate { window_index, reply } => {
                 answer(reply, &end, "evaluating", || self.evaluate(window_index));
+            }
+            Command::Calibrate { generation, accepted, sink } => {
+                self.calibrate(generation, accepted, &sink);
             }
             Command::EvaluateTask { task_index, accepted, sink } => {
                 self.evaluate_task(task_index, accepted, &sink);
@@ -574,14 +585,19 @@ impl<'a> Shard<'a> {
 
     /// Waits for room in the stream; fails when the caller is gone or the session over.
     fn send<T>(&self, sink: &mpsc::Sender<T>, item: T) -> Result<(), ()> {
-        self.context.runtime.block_on(async {
-            tokio::select! {
-                biased;
-                () = self.context.end.over() => Err(()),
-                sent = sink.send(item) => sent.map_err(drop),
-            }
-        })
+        send(self.context, sink, item)
     }
+}
+
+/// See [`Shard::send`].
+fn send<T>(context: &Context, sink: &mpsc::Sender<T>, item: T) -> Result<(), ()> {
+    context.runtime.block_on(async {
+        tokio::select! {
+            biased;
+            () = context.end.over() => Err(()),
+            sent = sink.send(item) => sent.map_err(drop),
+        }
+    })
 }
 
 /// Does `work` and answers.

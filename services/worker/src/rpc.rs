@@ -503,6 +503,7 @@ fn backend(number: i32) -> Result<CollectiveBackend, Failure> {
 #[tonic::async_trait]
 impl WorkerService for WorkerRpc {
     type TrainStream = SessionStream<pb::TrainResponse>;
+    type CalibrateStream = SessionStream<pb::CalibrateResponse>;
     type EvaluateTaskStream = SessionStream<pb::EvaluateTaskResponse>;
     type CheckpointStream = SessionStream<pb::CheckpointResponse>;
 
@@ -603,6 +604,17 @@ impl WorkerService for WorkerRpc {
         };
         let (sink, items) = mpsc::channel(STREAM_QUEUE);
         session.call(|accepted| Command::Train { stretch, accepted, sink }).await?;
+        Ok(Response::new(SessionStream::new(items, session.end.clone())))
+    }
+
+    async fn calibrate(
+        &self,
+        request: Request<pb::CalibrateRequest>,
+    ) -> Result<Response<Self::CalibrateStream>, Status> {
+        let pb::CalibrateRequest { session_id, generation } = request.into_inner();
+        let session = self.session(&session_id)?;
+        let (sink, items) = mpsc::channel(STREAM_QUEUE);
+        session.call(|accepted| Command::Calibrate { generation, accepted, sink }).await?;
         Ok(Response::new(SessionStream::new(items, session.end.clone())))
     }
 

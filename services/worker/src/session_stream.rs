@@ -1,4 +1,4 @@
-//! The response stream of Train and EvaluateTask: what the device thread sends, ended at once when the session is over.
+//! The response stream of Train, Calibrate and EvaluateTask: what the device thread sends, ended at once when the session is over.
 
 use crate::session::SessionEnd;
 use std::future::Future;

@@ -382,7 +382,8 @@ impl Cluster {
                 | Kind::Export(_)
                 | Kind::Checkpoint(_)
                 | Kind::Restart(_)
-                | Kind::Guard(_) => {}
+                | Kind::Guard(_)
+                | Kind::Calibration(_) => {}
             }
         }
         Outcome { losses: losses.into_values().collect(), decisions, perplexities }

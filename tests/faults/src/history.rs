@@ -65,7 +65,8 @@ impl Outcome {
                     | Kind::Export(_)
                     | Kind::Checkpoint(_)
                     | Kind::Restart(_)
-                    | Kind::Guard(_),
+                    | Kind::Guard(_)
+                    | Kind::Calibration(_),
                 )
                 | None => {}
             }
@@ -194,7 +195,9 @@ pub(crate) fn check_events(events: &[pb::RunEvent]) -> Vec<String> {
                 next_step = restart.next_step;
                 generation = restart.generation;
             }
-            Some(Kind::Evaluation(_) | Kind::Task(_) | Kind::Export(_) | Kind::Guard(_)) => {}
+            Some(
+                Kind::Evaluation(_) | Kind::Task(_) | Kind::Export(_) | Kind::Guard(_) | Kind::Calibration(_),
+            ) => {}
             None => wrong.push(format!("event {revision} says nothing")),
         }
     }

@@ -444,7 +444,8 @@ fn measure(events: &[pb::RunEvent], done: &[Done]) -> Vec<Measured> {
                 | Kind::Export(_)
                 | Kind::Task(_)
                 | Kind::Checkpoint(_)
-                | Kind::Guard(_),
+                | Kind::Guard(_)
+                | Kind::Calibration(_),
             )
             | None => false,
         });
@@ -478,7 +479,7 @@ fn shown(event: &pb::RunEvent) -> String {
         Some(Kind::Task(task)) => format!("task {}", task.task),
         Some(Kind::Checkpoint(checkpoint)) => format!("checkpoint after {} steps", checkpoint.steps_done),
         Some(Kind::Restart(restart)) => format!("restart from step {}: {}", restart.next_step, restart.cause),
-        Some(Kind::Guard(_)) => "guard".to_owned(),
+        Some(Kind::Guard(_) | Kind::Calibration(_)) => "guard".to_owned(),
         None => "nothing".to_owned(),
     };
     format!("{seconds:.3} {}: {what}", event.revision)

@@ -82,7 +82,8 @@ impl Seen {
                 | Kind::Task(_)
                 | Kind::Checkpoint(_)
                 | Kind::Restart(_)
-                | Kind::Guard(_),
+                | Kind::Guard(_)
+                | Kind::Calibration(_),
             )
             | None => {}
         }

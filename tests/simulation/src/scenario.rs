@@ -3,7 +3,7 @@
 use crate::chance::Chance;
 use model_spec::{Family, LayerSpec, ModelSpec, Rope, RopeScaling};
 use pruning_run::{Guard, GuardAction, GuardBound, Retention, RunOptions, RunSetup};
-use recipe::{Pruning, Ramp, Recipe, Shrink};
+use recipe::{Depth, Pruning, Ramp, Recipe, Shrink};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -73,7 +73,9 @@ impl Plan {
         let steps = 6 + chance.between(0, 9);
         let ramp = Ramp { warmup: 0.1, cooldown: 0.2, every: 2 + chance.between(0, 2), ..Ramp::published() };
         let shrink = if chance.happens(0.5) { Shrink::Live } else { Shrink::Never };
-        let pruning = Pruning { ramp, shrink, ..Pruning::published() };
+        let depth = Depth { blocks: Some(1), protect_ends: false, ..Depth::default() };
+        let depth = chance.happens(0.3).then_some(depth);
+        let pruning = Pruning { ramp, shrink, depth, ..Pruning::published() };
         let recipe = Recipe {
             steps,
             pruning: chance.happens(0.9).then_some(pruning),

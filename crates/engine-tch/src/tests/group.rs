@@ -29,6 +29,8 @@ pub(crate) struct RunRecord {
     pub(crate) scores: Vec<StepScores>,
     pub(crate) averages: Vec<MovingAverage>,
     pub(crate) decisions: Vec<(u64, KeepMask)>,
+    /// What the first decision was calibrated on.
+    pub(crate) calibration: engine::Calibration,
     /// Full-vocabulary logits of the final model on a fixed prompt.
     pub(crate) logits: Tensor,
     pub(crate) received_groups: u64,
@@ -51,6 +53,7 @@ pub(crate) struct RunInputs<'a> {
 
 enum Order {
     Step(u64),
+    Calibrate,
     Apply(u64, KeepMask),
     Finish,
 }
@@ -60,6 +63,7 @@ type FactorValues = (usize, Projection, &'static str, Vec<i64>, Vec<f64>);
 
 enum Answer {
     Step(engine::StepOutcome),
+    Calibrated(engine::Calibration),
     Applied(u64),
     Finished { logits: Vec<f64>, positions: i64, factors: Vec<FactorValues> },
 }
@@ -129,6 +133,16 @@ pub(crate) fn run(inputs: &RunInputs) -> RunRecord {
                                 .collect();
                             Answer::Step(shard.train_step(step, &micro).unwrap())
                         }
+                        Order::Calibrate => {
+                            let (mut last, rows) = (None, rows_of(&calibration));
+                            let found = shard.calibrate(&rows, &mut |progress| {
+                                last = Some(progress);
+                                Ok(())
+                            });
+                            let ended = last.is_none_or(|last| last.passes == last.total_passes);
+                            assert!(ended, "it says how far it is: {last:?}");
+                            Answer::Calibrated(found.unwrap())
+                        }
                         Order::Apply(generation, mask) => Answer::Applied(
                             shard
                                 .apply_mask(generation, &mask, &rows_of(&calibration))
@@ -176,6 +190,7 @@ fn drive(
         scores: Vec::new(),
         averages: Vec::new(),
         decisions: Vec::new(),
+        calibration: engine::Calibration::default(),
         logits: Tensor::new(),
         received_groups: 0,
         factors: Vec::new(),
@@ -202,8 +217,26 @@ fn drive(
         let scores = assembly.finish().unwrap();
         average.update(&combine(spec, &scores, pruning.criterion, pruning.head_grouping).unwrap()).unwrap();
         record.scores.push(scores);
-        if pruning.ramp.decides_at(step, recipe.steps) {
+        if recipe.pruning_steps().contains(&step) {
             let share = pruning.ramp.share_at(step, recipe.steps);
+            if record.decisions.is_empty() && pruning.calibrates() {
+                let found: Vec<engine::Calibration> = everyone(&|| Order::Calibrate)
+                    .into_iter()
+                    .map(|answer| match answer {
+                        Answer::Calibrated(found) => found,
+                        _ => panic!("expected a calibration"),
+                    })
+                    .collect();
+                assert!(found.iter().all(|other| *other == found[0]), "ranks disagree on the calibration");
+                if let Some(goal) = target.depth() {
+                    let removed = match found[0].block_order.is_empty() {
+                        true => goal.select(&found[0].blocks).unwrap(),
+                        false => found[0].block_order.clone(),
+                    };
+                    keep = goal.without(&keep, &removed).unwrap();
+                }
+                record.calibration = found[0].clone();
+            }
             keep = decide(spec, &keep, &average, &target, share).unwrap();
             average.forget_removed(&keep, pruning.head_grouping);
             record.decisions.push((step, keep.clone()));

@@ -119,6 +119,7 @@ fn may_be_repeated(event: &Event) -> bool {
     matches!(
         event,
         Event::MaskApplied { .. }
+            | Event::Calibrated { .. }
             | Event::Loaded { .. }
             | Event::Joined { .. }
             | Event::Evaluated { .. }

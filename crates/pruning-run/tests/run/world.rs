@@ -3,9 +3,9 @@
 use model_spec::{Family, LayerSpec, ModelSpec, Projection, Rope, RopeScaling};
 use pruning::KeepMask;
 use pruning_run::{
-    CheckpointRef, Decision, Effect, Event, ExportResult, Generation, GuardVerdict, History, Measurement,
-    RankReport, Restart, Restore, Retention, Run, RunEvent, RunEventKind, RunId, RunOptions, RunSetup,
-    RunState, SavedState, ShardFile, StepReport, TaskScore, WorkerId, transition,
+    CalibrationFound, CheckpointRef, Decision, Effect, Event, ExportResult, Generation, GuardVerdict,
+    History, Measurement, RankReport, Restart, Restore, Retention, Run, RunEvent, RunEventKind, RunId,
+    RunOptions, RunSetup, RunState, SavedState, ShardFile, StepReport, TaskScore, WorkerId, transition,
 };
 use recipe::{Pruning, Ramp, Recipe, Shape, Shrink};
 use sharding::Placement;
@@ -338,6 +338,20 @@ impl World {
                     self.all(|tp_rank| Event::Joined { tp_rank });
                 }
                 Effect::Evaluate(measurement) => self.evaluate(measurement),
+                Effect::Calibrate { generation } => {
+                    let found = CalibrationFound {
+                        block_scores: (0..self.run.setup().dense().layers.len())
+                            .map(|layer| 5.0 - layer as f64)
+                            .collect(),
+                        block_order: Vec::new(),
+                    };
+                    self.all(|tp_rank| Event::Calibrated {
+                        tp_rank,
+                        generation,
+                        found: found.clone(),
+                        duration: Duration::from_secs(2),
+                    });
+                }
                 Effect::Train { first_step, end_step, generation } => {
                     assert!(
                         self.acknowledged.iter().all(|acknowledged| *acknowledged == generation),

@@ -102,6 +102,7 @@ pub const METHODS: &[Method] = &[
     row("/espalier.v1.WorkerService/Train", COORDINATOR).streams(),
     row("/espalier.v1.WorkerService/ApplyMask", COORDINATOR),
     row("/espalier.v1.WorkerService/Evaluate", COORDINATOR),
+    row("/espalier.v1.WorkerService/Calibrate", COORDINATOR).streams(),
     row("/espalier.v1.WorkerService/EvaluateTask", COORDINATOR).streams(),
     row("/espalier.v1.WorkerService/Checkpoint", COORDINATOR).streams(),
     row("/espalier.v1.WorkerService/Export", COORDINATOR).changes(),

@@ -50,7 +50,7 @@ pub fn from_pb(message: Option<pb::KeepMask>, path: &str, found: &mut Violations
     KeepMask { layers }
 }
 
-/// Holds a mask against the unpruned model: an entry a layer, indices in range, something of everything kept, each kept
+/// Holds a mask against the unpruned model: an entry a layer, indices in range, something of everything kept or nothing at all, each kept
 /// query head's key/value head kept, and equally many query heads for each.
 ///
 /// # Errors
@@ -65,6 +65,9 @@ pub fn check_fits(mask: &KeepMask, dense: &ModelSpec, path: &str) -> Result<(), 
         return found.finish(());
     }
     for (layer, (keep, widths)) in mask.layers.iter().zip(&dense.layers).enumerate() {
+        if keep.is_removed() {
+            continue;
+        }
         let at = |field: &str| below(path, &format!("layers[{layer}].{field}"));
         for (field, kept, count) in [
             ("query_heads", &keep.query_heads, widths.query_head_count),
@@ -72,7 +75,7 @@ pub fn check_fits(mask: &KeepMask, dense: &ModelSpec, path: &str) -> Result<(), 
             ("channels", &keep.channels, widths.intermediate_size),
         ] {
             match kept.last() {
-                None => found.reject(at(field), "must keep at least one"),
+                None => found.reject(at(field), "must keep at least one, or the layer nothing at all"),
                 Some(&last) if last >= count => {
                     found.reject(at(field), format!("index {last} is outside the layer's {count}"));
                 }

@@ -4,9 +4,10 @@ use super::{below, bounded_list, count_field, enum_field};
 use crate::fields::{InvalidFields, Violations};
 use crate::{limits, pb};
 use recipe::{
-    AdamW, Batch, Budget, Compensation, CompensationTarget, Compute, Criterion, Decay, Distillation,
-    FieldViolation, HeadGrouping, LearningRate, LeastSquares, Lora, LoraPruneForm, LoraRite, Optimizer,
-    Precision, Protection, Pruning, Ramp, RampShape, Recipe, Recompute, Recovery, Shape, Shrink, Storage,
+    AdamW, Batch, BlockCriterion, Budget, Compensation, CompensationTarget, Compute, Criterion, Decay, Depth,
+    Distillation, FieldViolation, HeadGrouping, LearningRate, LeastSquares, Lora, LoraPruneForm, LoraRite,
+    Optimizer, Precision, Protection, Pruning, Ramp, RampShape, Recipe, Recompute, Recovery, Shape, Shrink,
+    Storage,
 };
 
 /// A recipe that has passed every check that needs no model, defaults filled in.
@@ -273,6 +274,50 @@ fn pruning(message: pb::Pruning, path: &str, found: &mut Violations) -> Pruning 
                 Compensation::LeastSquares(least_squares(message, &at("least_squares"), found))
             }
         },
+        depth: message.depth.map(|message| depth(message, &at("depth"), found)),
+        calibration_windows: count_field(
+            message.calibration_windows,
+            default.calibration_windows,
+            limits::MAX_ROWS,
+            &at("calibration_windows"),
+            found,
+        ),
+    }
+}
+
+fn depth(message: pb::Depth, path: &str, found: &mut Violations) -> Depth {
+    let default = Depth::default();
+    Depth {
+        criterion: enum_field(
+            message.criterion,
+            default.criterion,
+            |member| match member {
+                pb::BlockCriterion::Unspecified => None,
+                pb::BlockCriterion::Magnitude => Some(BlockCriterion::Magnitude),
+                pb::BlockCriterion::Taylor => Some(BlockCriterion::Taylor),
+                pb::BlockCriterion::Perplexity => Some(BlockCriterion::Perplexity),
+            },
+            &below(path, "criterion"),
+            "BLOCK_CRITERION_MAGNITUDE, BLOCK_CRITERION_TAYLOR or BLOCK_CRITERION_PERPLEXITY",
+            found,
+        ),
+        blocks: message.blocks.map(|blocks| blocks as usize),
+        protect_ends: message.protect_ends.unwrap_or(default.protect_ends),
+        iterative: message.iterative,
+    }
+}
+
+fn depth_to_pb(depth: &Depth) -> pb::Depth {
+    let criterion = match depth.criterion {
+        BlockCriterion::Magnitude => pb::BlockCriterion::Magnitude,
+        BlockCriterion::Taylor => pb::BlockCriterion::Taylor,
+        BlockCriterion::Perplexity => pb::BlockCriterion::Perplexity,
+    };
+    pb::Depth {
+        criterion: Some(criterion.into()),
+        blocks: depth.blocks.map(narrow),
+        protect_ends: Some(depth.protect_ends),
+        iterative: depth.iterative,
     }
 }
 
@@ -502,6 +547,8 @@ fn pruning_to_pb(pruning: &Pruning) -> pb::Pruning {
         serve_tp: pruning.serve_tp.iter().map(|&degree| narrow(degree)).collect(),
         shrink: Some(shrink.into()),
         compensation: Some(compensation_to_pb(pruning.compensation)),
+        depth: pruning.depth.as_ref().map(depth_to_pb),
+        calibration_windows: Some(narrow(pruning.calibration_windows)),
     }
 }
 

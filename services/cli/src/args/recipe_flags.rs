@@ -1,8 +1,8 @@
 use clap::{Args, ValueEnum};
 use recipe::{
-    AdamW, Budget, Compensation, CompensationTarget, Compute, Criterion, Distillation, HeadGrouping,
-    LeastSquares, LoraPruneForm, LoraRite, Optimizer, Protection, Pruning, RampShape, Recipe, Recompute,
-    Recovery, Shape, Shrink, Storage,
+    AdamW, BlockCriterion, Budget, Compensation, CompensationTarget, Compute, Criterion, Depth, Distillation,
+    HeadGrouping, LeastSquares, LoraPruneForm, LoraRite, Optimizer, Protection, Pruning, RampShape, Recipe,
+    Recompute, Recovery, Shape, Shrink, Storage,
 };
 
 /// Flags that override a recipe, each named as the field that it sets.
@@ -41,6 +41,21 @@ pub(crate) struct RecipeFlags {
     /// Slice the tensors at every decision, or only mask them (slower, the same result) [default: live]
     #[arg(long, value_name = "WHEN", help_heading = "Pruning")]
     pub shrink: Option<ShrinkName>,
+    /// Remove whole blocks at the first decision, judged by this
+    #[arg(long, value_name = "NAME", help_heading = "Pruning")]
+    pub depth: Option<DepthName>,
+    /// Blocks that go, heads and channels making up the rest [default: as many as meet the budget]
+    #[arg(long, value_name = "N", help_heading = "Pruning")]
+    pub blocks: Option<usize>,
+    /// Keep the first four blocks and the last two [default: true]
+    #[arg(long, value_name = "BOOL", help_heading = "Pruning")]
+    pub protect_ends: Option<bool>,
+    /// Judge the blocks anew after each that goes
+    #[arg(long, value_name = "BOOL", help_heading = "Pruning")]
+    pub iterative: Option<bool>,
+    /// Windows of training text that a decision is calibrated on, where its method needs it [default: 16]
+    #[arg(long, value_name = "N", help_heading = "Pruning")]
+    pub calibration_windows: Option<usize>,
     /// Change what stays of o_proj and down_proj to make up for what goes [default: layer]
     #[arg(long, value_name = "NAME", help_heading = "Pruning")]
     pub compensation: Option<CompensationName>,
@@ -181,6 +196,16 @@ pub(crate) enum CompensationName {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DepthName {
+    /// Sum of the weights' magnitudes
+    Magnitude,
+    /// Sum of each weight times its gradient, in magnitude
+    Taylor,
+    /// Perplexity without the block
+    Perplexity,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum RampShapeName {
     /// Many decisions, the most removed early
     Cubic,
@@ -277,6 +302,11 @@ impl RecipeFlags {
             || self.compensation.is_some()
             || self.compensation_windows.is_some()
             || self.compensation_damping.is_some()
+            || self.depth.is_some()
+            || self.blocks.is_some()
+            || self.iterative.is_some()
+            || self.protect_ends.is_some()
+            || self.calibration_windows.is_some()
     }
 
     fn apply_pruning(&self, pruning: &mut Pruning) {
@@ -294,6 +324,15 @@ impl RecipeFlags {
         set(&mut pruning.ramp.every, self.every);
         set(&mut pruning.ramp.shape, self.ramp_shape.map(RampShapeName::choice));
         self.apply_compensation(&mut pruning.compensation);
+        set(&mut pruning.calibration_windows, self.calibration_windows);
+        let says_depth = self.depth.is_some() || self.blocks.is_some();
+        if says_depth || self.iterative.is_some() || self.protect_ends.is_some() {
+            let depth = pruning.depth.get_or_insert_with(Depth::default);
+            set(&mut depth.criterion, self.depth.map(DepthName::choice));
+            set(&mut depth.iterative, self.iterative);
+            set(&mut depth.protect_ends, self.protect_ends);
+            depth.blocks = self.blocks.or(depth.blocks);
+        }
     }
 
     /// Windows or damping alone choose least squares, as its default is.
@@ -344,6 +383,16 @@ impl OptimizerName {
             (Self::AdamW, Optimizer::AdamW(_)) | (Self::LoraRite, Optimizer::LoraRite(_)) => {}
             (Self::AdamW, _) => *optimizer = Optimizer::AdamW(AdamW::default()),
             (Self::LoraRite, _) => *optimizer = Optimizer::LoraRite(LoraRite::default()),
+        }
+    }
+}
+
+impl DepthName {
+    fn choice(self) -> BlockCriterion {
+        match self {
+            Self::Magnitude => BlockCriterion::Magnitude,
+            Self::Taylor => BlockCriterion::Taylor,
+            Self::Perplexity => BlockCriterion::Perplexity,
         }
     }
 }

@@ -59,7 +59,8 @@ pub(crate) async fn run(args: EvalArgs) -> Result<(), Failure> {
                 | Kind::Export(_)
                 | Kind::Checkpoint(_)
                 | Kind::Restart(_)
-                | Kind::Guard(_),
+                | Kind::Guard(_)
+                | Kind::Calibration(_),
             )
             | None => {}
         }

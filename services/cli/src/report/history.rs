@@ -81,7 +81,7 @@ impl History {
                 let next_step = usize::try_from(restart.next_step).unwrap_or(usize::MAX);
                 self.steps.truncate(next_step);
             }
-            Some(Kind::Checkpoint(_) | Kind::Guard(_)) => {}
+            Some(Kind::Checkpoint(_) | Kind::Guard(_) | Kind::Calibration(_)) => {}
             Some(Kind::Decision(decision)) => self.decisions.push(decision.clone()),
             Some(Kind::Evaluation(evaluation)) => self.evaluations.push(evaluation.clone()),
             // The page shows perplexities alone.

@@ -151,7 +151,8 @@ impl Runs {
                     | RunEventKind::Export(_)
                     | RunEventKind::Checkpoint(_)
                     | RunEventKind::Restart(_)
-                    | RunEventKind::Guard(_) => continue,
+                    | RunEventKind::Guard(_)
+                    | RunEventKind::Calibration(_) => continue,
                 };
                 let revision = taken.len() as u64 + 1;
                 taken.push(RunEvent { revision, ..stored.with_mask(mask) });

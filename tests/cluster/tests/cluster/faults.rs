@@ -48,6 +48,14 @@ impl ShardEngine for TamperedShard {
         Ok(outcome)
     }
 
+    fn calibrate(
+        &mut self,
+        rows: &[&[u32]],
+        report: &mut engine::Report<'_>,
+    ) -> Result<engine::Calibration, EngineError> {
+        self.0.calibrate(rows, report)
+    }
+
     fn apply_mask(
         &mut self,
         generation: u64,

@@ -32,7 +32,8 @@ async fn a_watch_resumes_from_any_revision() {
                 | Kind::Export(_)
                 | Kind::Checkpoint(_)
                 | Kind::Restart(_)
-                | Kind::Guard(_),
+                | Kind::Guard(_)
+                | Kind::Calibration(_),
             )
             | None => None,
         })

@@ -39,7 +39,8 @@ impl Expected {
                 | RunEventKind::Task(_)
                 | RunEventKind::Checkpoint(_)
                 | RunEventKind::Restart(_)
-                | RunEventKind::Guard(_) => {}
+                | RunEventKind::Guard(_)
+                | RunEventKind::Calibration(_) => {}
             }
         }
         it
@@ -58,7 +59,8 @@ pub fn last_state(log: &[RunEvent]) -> Option<RunState> {
         | RunEventKind::Export(_)
         | RunEventKind::Checkpoint(_)
         | RunEventKind::Restart(_)
-        | RunEventKind::Guard(_) => None,
+        | RunEventKind::Guard(_)
+        | RunEventKind::Calibration(_) => None,
     })
 }
 
@@ -157,7 +159,8 @@ impl Checks {
             RunEventKind::Evaluation(_)
             | RunEventKind::Task(_)
             | RunEventKind::Export(_)
-            | RunEventKind::Guard(_) => {}
+            | RunEventKind::Guard(_)
+            | RunEventKind::Calibration(_) => {}
         }
         Ok(())
     }

@@ -35,6 +35,9 @@ impl World {
             Effect::Train { first_step: step, end_step, generation } => {
                 self.call_all(run, |_| Call::Train { step, end_step, generation });
             }
+            Effect::Calibrate { generation } => {
+                self.call_all(run, |_| Call::Calibrate { generation });
+            }
             Effect::ApplyMask { generation, keep_mask } => {
                 self.call_all(run, |_| Call::ApplyMask { generation, keep_mask: Arc::clone(&keep_mask) });
             }

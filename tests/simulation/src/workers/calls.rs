@@ -126,6 +126,7 @@ impl World {
             | Call::Join
             | Call::Evaluate(_)
             | Call::Train { .. }
+            | Call::Calibrate { .. }
             | Call::ApplyMask { .. }
             | Call::Checkpoint { .. } => self.called_in_session(call, worker, session, what),
         }
@@ -161,7 +162,14 @@ impl World {
             {
                 self.violation(format!("rank {tp_rank} holds mask {generation} and is to apply {asked}"));
             }
-            Call::Join | Call::Evaluate(_) | Call::Train { .. } | Call::ApplyMask { .. } => {
+            Call::Calibrate { generation: asked } if asked != generation => {
+                self.violation(format!("rank {tp_rank} holds mask {generation} and is to calibrate {asked}"));
+            }
+            Call::Join
+            | Call::Evaluate(_)
+            | Call::Train { .. }
+            | Call::Calibrate { .. }
+            | Call::ApplyMask { .. } => {
                 held.doing = Some(Doing { call, what, waits: false });
                 self.arrive(worker);
             }

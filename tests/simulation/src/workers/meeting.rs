@@ -23,7 +23,7 @@ impl World {
         let step_time = self.scenario.plans[session.run].step_time;
         let time = match &doing.what {
             Call::Train { .. } => step_time,
-            Call::Evaluate(_) => 300 * MILLISECOND,
+            Call::Evaluate(_) | Call::Calibrate { .. } => 300 * MILLISECOND,
             Call::Load { .. }
             | Call::OpenRendezvous
             | Call::Join
@@ -101,6 +101,12 @@ impl World {
                 };
                 Event::TaskEvaluated { tp_rank, task_index: *index, score, duration }
             }
+            Call::Calibrate { generation } => Event::Calibrated {
+                tp_rank,
+                generation: *generation,
+                found: held.shard.calibrate(plan),
+                duration,
+            },
             Call::ApplyMask { generation, keep_mask } => {
                 held.shard.apply(&plan.setup, *generation, keep_mask);
                 Event::MaskApplied { tp_rank, generation: *generation }

@@ -58,6 +58,7 @@ pub enum Call {
     Join,
     Evaluate(Measurement),
     Train { step: u64, end_step: u64, generation: Generation },
+    Calibrate { generation: Generation },
     ApplyMask { generation: Generation, keep_mask: Arc<KeepMask> },
     Checkpoint { name: String },
     Export { checkpoint: CheckpointRef, shards: Vec<ShardFile>, keep_mask: Arc<KeepMask> },
