@@ -1,4 +1,5 @@
 // grpc-go under load: reflection, unary calls with their errors, and a stream to its end.
+// With CA and TOKEN in the environment over TLS.
 import { check } from "k6";
 import grpc from "k6/net/grpc";
 
@@ -11,24 +12,28 @@ export const options = {
 };
 
 const client = new grpc.Client();
-const plain = { plaintext: true, reflect: true, timeout: "30s" };
+const bearer = __ENV.CA ? { authorization: `Bearer ${__ENV.TOKEN}` } : {};
+const security = __ENV.CA ? { tls: { cacerts: open(__ENV.CA) }, reflectMetadata: bearer } : { plaintext: true };
+const connection = { reflect: true, timeout: "30s", ...security };
+const params = { metadata: bearer };
 
 export function calls() {
-  client.connect(__ENV.ADDRESS, plain);
-  const found = client.invoke("espalier.v1.RunService/GetRun", { id: __ENV.RUN });
+  client.connect(__ENV.ADDRESS, connection);
+  const found = client.invoke("espalier.v1.RunService/GetRun", { id: __ENV.RUN }, params);
   check(found, {
     "the run is found": (answer) => answer.status === grpc.StatusOK && answer.message.run.id === __ENV.RUN,
   });
-  const missing = client.invoke("espalier.v1.RunService/GetRun", { id: "run-000000000000" });
+  const missing = client.invoke("espalier.v1.RunService/GetRun", { id: "run-000000000000" }, params);
   check(missing, { "one that is not there is not found": (answer) => answer.status === grpc.StatusNotFound });
-  const wrong = client.invoke("espalier.v1.RunService/CreateRun", { spec: { model: "/etc" }, validate_only: true });
+  const request = { spec: { model: "/etc" }, validate_only: true };
+  const wrong = client.invoke("espalier.v1.RunService/CreateRun", request, params);
   check(wrong, { "a wrong run is refused": (answer) => answer.status === grpc.StatusInvalidArgument });
   client.close();
 }
 
 export function stream() {
-  client.connect(__ENV.ADDRESS, plain);
-  const events = new grpc.Stream(client, "espalier.v1.RunService/WatchRun");
+  client.connect(__ENV.ADDRESS, connection);
+  const events = new grpc.Stream(client, "espalier.v1.RunService/WatchRun", params);
   let last = 0;
   let inOrder = true;
   events.on("data", (message) => {

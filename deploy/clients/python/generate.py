@@ -25,6 +25,7 @@ def generate(schema: pathlib.Path, out: pathlib.Path) -> None:
         raise SystemExit("the schema was not compiled")
     for package in (out / "espalier", out / "espalier" / "v1"):
         (package / "__init__.py").touch()
+    (out / "espalier" / "py.typed").touch()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
 // Creates a run, follows it to its end, and asks for one that is not there. Prints what it has seen as JSON.
+// With CA and TOKEN in the environment it does so over TLS.
+const fs = require("node:fs");
 const grpc = require("@grpc/grpc-js");
 const loader = require("@grpc/proto-loader");
 
@@ -10,7 +12,19 @@ const definition = loader.loadSync("espalier/v1/run_service.proto", {
   enums: String,
 });
 const { espalier } = grpc.loadPackageDefinition(definition);
-const client = new espalier.v1.RunService(address, grpc.credentials.createInsecure());
+
+function credentials() {
+  if (!process.env.CA) return grpc.credentials.createInsecure();
+  const bearer = grpc.credentials.createFromMetadataGenerator((_, done) => {
+    const metadata = new grpc.Metadata();
+    metadata.set("authorization", `Bearer ${process.env.TOKEN}`);
+    done(null, metadata);
+  });
+  const tls = grpc.credentials.createSsl(fs.readFileSync(process.env.CA));
+  return grpc.credentials.combineChannelCredentials(tls, bearer);
+}
+
+const client = new espalier.v1.RunService(address, credentials());
 const deadline = () => ({ deadline: Date.now() + 60000 });
 const call = (method, request) =>
   new Promise((resolve, reject) =>

@@ -5,21 +5,34 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+from collections.abc import Sequence
 
 import grpc
 
-# Calls that change nothing, or the same when made twice: CreateRun bears a request_id.
-REPEATABLE = [
-    *("CreateRun", "GetRun", "ListRuns", "ListDecisions", "GetKeepMask", "ListArtifacts", "QueryWhatIf"),
-    *("PauseRun", "ResumeRun", "CancelRun"),
-]
 SERVICE = "espalier.v1.RunService"
-RETRIES = {
-    "maxAttempts": 5,
-    "initialBackoff": "0.2s",
-    "maxBackoff": "5s",
-    "backoffMultiplier": 2,
-    "retryableStatusCodes": ["UNAVAILABLE"],
+# Calls that change nothing, or the same when made twice: CreateRun and ForkRun bear a request_id.
+REPEATABLE = (
+    *("CreateRun", "ForkRun", "GetRun", "ListRuns", "ListDecisions", "GetKeepMask", "ListArtifacts", "QueryWhatIf"),
+    *("PauseRun", "ResumeRun", "CancelRun", "EvaluateRun"),
+)
+
+
+def _again(methods: Sequence[str], codes: Sequence[str]) -> dict[str, object]:
+    """Calls that gRPC makes again by itself, five times in all, and that wait for a connection."""
+    policy = {"maxAttempts": 5, "initialBackoff": "0.5s", "maxBackoff": "10s", "backoffMultiplier": 2, "retryableStatusCodes": codes}
+    return {
+        "name": [{"service": SERVICE, "method": method} for method in methods],
+        "retryPolicy": policy,
+        "waitForReady": True,
+    }
+
+
+# RESOURCE_EXHAUSTED, which is said before anything is done: no worker is idle, or too many calls are under way.
+SERVICE_CONFIG = {
+    "methodConfig": [
+        _again(REPEATABLE, ("UNAVAILABLE", "RESOURCE_EXHAUSTED")),
+        _again(("ExportRun",), ("RESOURCE_EXHAUSTED",)),
+    ]
 }
 # Connections that went silent are noticed.
 KEEP_ALIVE = [("grpc.keepalive_time_ms", 20_000), ("grpc.keepalive_timeout_ms", 10_000)]
@@ -52,9 +65,7 @@ class _Bearer(grpc.AuthMetadataPlugin):  # type: ignore[misc]
 
 def options() -> list[tuple[str, object]]:
     """Of a channel: the calls that are made again by themselves, and how soon a lost connection is noticed."""
-    names = [{"service": SERVICE, "method": method} for method in REPEATABLE]
-    config = {"methodConfig": [{"name": names, "retryPolicy": RETRIES, "waitForReady": True}]}
-    sizes = [("grpc.max_receive_message_length", MESSAGE_BYTES), ("grpc.service_config", json.dumps(config))]
+    sizes = [("grpc.max_receive_message_length", MESSAGE_BYTES), ("grpc.service_config", json.dumps(SERVICE_CONFIG))]
     return [*sizes, *KEEP_ALIVE, *RECONNECT]
 
 

