@@ -14,7 +14,8 @@ def main(file, conf, run_at):
     bag = DagBag(file)
     assert not bag.import_errors, bag.import_errors
     (dag,) = bag.dags.values()
-    run = dag.test(logical_date=datetime.datetime.fromisoformat(run_at), run_conf=json.loads(conf))
+    at = datetime.datetime.fromisoformat(run_at)
+    run = dag.test(run_after=at, logical_date=at, run_conf=json.loads(conf))
     tasks = {each.task_id: each for each in run.get_task_instances()}
     returned = {name: each.xcom_pull(task_ids=name) for name, each in tasks.items()}
     states = {name: str(each.state) for name, each in tasks.items()}
