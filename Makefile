@@ -57,6 +57,17 @@ $(DEMO_MODEL)/.imported: $(DEMO)/SmolLM2-135M-Instruct.Q4_1.gguf $(ESPALIER)
 	$(ESPALIER) import --gguf $< --out $(DEMO_MODEL)
 	@touch $@
 
+# Such as "DOCKER=podman" and "IMAGES=coordinator worker worker-cuda".
+DOCKER ?= docker
+IMAGES ?= coordinator worker
+IMAGE_TAG ?= 0.1.0
+
+.PHONY: images
+images: ## build the images of the coordinator and of the CPU worker (IMAGES=worker-cuda: of the GPU worker)
+	$(DOCKER) build -f deploy/docker/build.Dockerfile -t espalier-build:$(IMAGE_TAG) .
+	for image in $(IMAGES); do \
+	  $(DOCKER) build -f deploy/docker/$$image.Dockerfile --build-arg BUILD=espalier-build:$(IMAGE_TAG) -t espalier-$$image:$(IMAGE_TAG) . || exit; done
+
 .PHONY: gpu-check
 gpu-check: build ## pack out/gpu-check.tar.gz, which checks and measures on a machine with a GPU (docs/gpu.md)
 	$(CARGO) build --release --locked -p engine-tch --example gpu_check

@@ -49,6 +49,10 @@ if [ "${1-}" = --tests ]; then
   for tool in prometheus promtool; do
     command -v "$tool" >/dev/null || lack "$tool, for the tests of the metrics: apt-get install prometheus"
   done
+  for tool in buildah podman runc debootstrap; do
+    command -v "$tool" >/dev/null ||
+      lack "$tool, for the tests of the images: apt-get install buildah podman runc debootstrap catatonit netavark aardvark-dns iptables"
+  done
 fi
 
 if [ -n "$missing" ]; then

@@ -26,7 +26,7 @@ def final_stage(dockerfile):
 
 
 def test_there_is_an_image_for_each_process():
-    assert [path.name for path in DOCKERFILES] == ["coordinator.Dockerfile", "worker.Dockerfile"]
+    assert [path.stem for path in DOCKERFILES] == ["build", "coordinator", "worker-cuda", "worker"]
 
 
 @pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.stem)
@@ -35,7 +35,7 @@ def test_hadolint_finds_nothing(dockerfile):
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("dockerfile", [path for path in DOCKERFILES if path.stem != "build"], ids=lambda path: path.stem)
 def test_images_run_as_a_numeric_user_that_is_not_root(dockerfile):
     users = re.findall(r"^USER (\S+)$", final_stage(dockerfile), flags=re.MULTILINE)
     assert users == ["65532:65532"]
@@ -46,9 +46,8 @@ def test_images_are_built_from_what_the_build_context_holds(dockerfile):
     """Each thing copied from the context is let in by .dockerignore, and the whole workspace is."""
     allowed = set(re.findall(r"^!(\S+)$", (REPOSITORY / ".dockerignore").read_text(), flags=re.MULTILINE))
     copied = re.findall(r"^COPY (?!--from)(?:--\S+ )*(\S+) ", dockerfile.read_text(), flags=re.MULTILINE)
-    assert copied
-    assert {each.rstrip("/") for each in copied} - {"."} <= allowed
-    assert {".cargo", "Cargo.lock", "Cargo.toml", "crates", "proto", "services", "tests"} <= allowed
+    assert all(any(f"{each}/".startswith(f"{one}/") for one in allowed) for each in {each.rstrip("/") for each in copied} - {"."})
+    assert {".cargo", "Cargo.lock", "Cargo.toml", "crates", "deploy/docker", "proto", "services", "tests"} <= allowed
     assert all((REPOSITORY / each).exists() for each in allowed)
 
 
@@ -85,12 +84,25 @@ def test_compose_services_are_confined_and_share_the_folders_that_are_roots(serv
     assert targets["coordinator"] == targets["worker-0"] == targets["worker-1"]
 
 
-def test_compose_builds_the_images_that_are_here(services):
-    for name, service in services.items():
-        build = service["build"]
-        context = (COMPOSE.parent / build["context"]).resolve()
-        assert context == REPOSITORY, name
-        assert context / build["dockerfile"] in DOCKERFILES, name
+def test_compose_starts_the_images_that_make_images_makes(services):
+    text = (REPOSITORY / "Makefile").read_text()
+    (images,) = re.findall(r"^IMAGES \?= (.+)$", text, re.MULTILINE)
+    (tag,) = re.findall(r"^IMAGE_TAG \?= (\S+)$", text, re.MULTILINE)
+    assert {service["image"] for service in services.values()} == {f"espalier-{image}:{tag}" for image in images.split()}
+    assert all(service["pull_policy"] == "never" for service in services.values())
+
+
+def test_the_gpu_image_has_the_library_that_the_worker_is_linked_with_and_all_that_it_opens():
+    def pins(path):
+        lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+        found = dict(re.fullmatch(r"([\w-]+)==(\S+ --hash=sha256:[0-9a-f]{64})", line).groups() for line in lines)
+        assert len(found) == len(lines)
+        return found
+
+    cuda = pins(REPOSITORY / "deploy" / "docker" / "cuda.lock")
+    assert pins(REPOSITORY / "scripts" / "libtorch.lock").items() <= cuda.items()
+    opened = {"nvidia-nccl-cu13", "nvidia-cuda-nvrtc", "nvidia-cublas", "nvidia-cudnn-cu13", "nvidia-cusparselt-cu13"}
+    assert opened <= cuda.keys()
 
 
 def test_compose_brings_what_to_look_with_configured_by_files_that_are_here(all_services, services):
