@@ -20,6 +20,7 @@ INTEROP_VENV := .cache/interop
 S3_SERVER := .cache/s3-server
 COLLECTOR := .cache/rotel
 AIRFLOW := .cache/airflow
+CHECKOV := .cache/checkov
 BENCH_PACKAGES := .cache/bench-packages
 # One build for all tests: another choice of packages or targets would have other features and compile much of it again.
 BUILD_TESTS := $(CARGO) build --workspace --all-targets --locked
@@ -101,7 +102,7 @@ soak-faults: setup s3-server ## break real processes at the points that FAULT_SE
 	FAULT_SEEDS=$(FAULT_SEEDS) $(CARGO) test --workspace --locked --test fault_suite -- --nocapture
 
 .PHONY: test-deploy
-test-deploy: setup $(DEPLOY_VENV)/.installed $(COLLECTOR)/.installed $(AIRFLOW)/.installed ## check chart, images, compose file, scripts, schemas and the table of quality
+test-deploy: setup $(DEPLOY_VENV)/.installed $(COLLECTOR)/.installed $(AIRFLOW)/.installed $(CHECKOV)/.installed ## check chart, images, compose file, scripts, schemas and the table of quality
 	$(BUILD_TESTS)
 	$(DEPLOY_VENV)/bin/python -m pytest tests/deploy
 
@@ -193,7 +194,7 @@ lint: setup $(DEPLOY_VENV)/.installed ## check format, clippy, the schemas, and 
 .PHONY: clean
 clean: ## remove what was built and made; keep what was fetched (.libtorch, .cache/wheels)
 	$(CARGO) clean
-	rm -rf out $(DEMO) $(DEPLOY_VENV) $(INTEROP_VENV) $(S3_SERVER) $(COLLECTOR) $(AIRFLOW) $(BENCH_PACKAGES) .cache/bench
+	rm -rf out $(DEMO) $(DEPLOY_VENV) $(INTEROP_VENV) $(S3_SERVER) $(COLLECTOR) $(AIRFLOW) $(CHECKOV) $(BENCH_PACKAGES) .cache/bench
 
 $(COLLECTOR)/.installed: tests/deploy/collector.txt
 	rm -rf $(COLLECTOR)
@@ -212,10 +213,11 @@ $(DEPLOY_VENV)/.installed: tests/deploy/requirements.txt tests/deploy/grpcurl.tx
 	  --require-hashes --requirement tests/deploy/grpcurl.txt
 	@touch $@
 
-$(AIRFLOW)/.installed: tests/deploy/airflow.txt
+# Environments of their own: what these two need would not go with the others.
+$(AIRFLOW)/.installed $(CHECKOV)/.installed: .cache/%/.installed: tests/deploy/%.txt
 	@scripts/check_tools.sh --tests
-	$(PYTHON) -m venv --clear $(AIRFLOW)
-	$(AIRFLOW)/bin/python -m pip install --quiet --disable-pip-version-check \
+	$(PYTHON) -m venv --clear .cache/$*
+	.cache/$*/bin/python -m pip install --quiet --disable-pip-version-check \
 	  --require-hashes --only-binary=:all: --requirement $<
 	@touch $@
 
