@@ -124,5 +124,8 @@ class Containers:
     def close(self):
         self.call("podman", "rm", "--all", "--force", "--time", "0", check=False)
         self.call("podman", "network", "rm", "--force", "espalier", check=False)
-        # The images of Debian and their layers stay for the next time.
+        # Debian's stays for the next time; ours would add up.
+        for image in ("espalier-build", "espalier-coordinator", "espalier-worker"):
+            self.call("buildah", "rmi", "--force", f"localhost/{image}:{VERSION}", check=False)
+        self.call("buildah", "rmi", "--prune", "--force", check=False)
         shutil.rmtree(self.run_root, ignore_errors=True)

@@ -42,10 +42,17 @@ class Case:
     shape: str = "uniform"
     export_dtype: str = "f32"
     compensation: str = "none"
+    knots: str = ""
+
+    @property
+    def update_rank(self):
+        """Highest rank of what tuning may add to a matrix."""
+        return LORA_RANK * (1 + len([knot for knot in self.knots.split(",") if knot]))
 
     @property
     def id(self):
         parts = (self.model, self.sparsity, self.head_grouping, self.shape, self.export_dtype, self.compensation)
+        parts = (*parts, self.knots) if self.knots else parts
         return "-".join(str(part) for part in parts)
 
     def arguments(self, out):
@@ -65,6 +72,7 @@ class Case:
             "--lora-rank", LORA_RANK,
             "--export-dtype", self.export_dtype,
             "--compensation", self.compensation,
+            *(["--knots", self.knots] if self.knots else []),
         ]  # fmt: skip
 
 

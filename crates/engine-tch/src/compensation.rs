@@ -58,10 +58,11 @@ impl Shard {
             !keep_mask.layers[layer].is_removed() && Narrowing::BOTH.iter().any(|which| takes(layer, *which))
         };
         let Some(last) = (0..layers).rev().find(|layer| solves(*layer)) else { return Ok(()) };
-        let factors = self.compute_factors()?;
+        let (factors, ledger) = (self.compute_factors()?, self.compute_ledger()?);
         let adapters = Adapters {
             layout: &self.layout,
             factors: &factors,
+            ledger: &ledger,
             lora_rank: recipe.lora.rank,
             scaling: recipe.lora.scaling(),
             dropout: Dropout::off(),

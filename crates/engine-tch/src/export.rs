@@ -6,7 +6,7 @@ use crate::factors::{Factor, is_replicated, split_features};
 use crate::fault::{Fault, Result, chain};
 use crate::frozen::{FrozenFormat, FrozenWeight};
 use crate::source::{Source, compute_kind, kind_of, select};
-use crate::state_file::{RankState, base_name, factor_name, to_bytes};
+use crate::state_file::{RankState, base_name, factor_name, ledger_prefix, to_bytes};
 use checkpoint::{Dtype, ExportManifest, FolderWriter, LayerKept, MANIFEST_FILE, SourceModel, TensorHeader};
 use engine::{ExportDtype, ExportJob, ExportWritten};
 use model_spec::{Block, ModelSpec, Projection, Split};
@@ -200,7 +200,14 @@ impl Merge<'_> {
         let base = self.base(layer, projection, &features)?;
         let a = self.factor(layer, projection, Factor::A, &features)?;
         let b = self.factor(layer, projection, Factor::B, &features)?;
-        let update = b.f_mm(&a)?.f_mul_scalar_(self.job.recipe.lora.scaling())?;
+        let mut update = b.f_mm(&a)?;
+        for knot in 0..self.frozen_pairs() {
+            let prefix = ledger_prefix(knot);
+            let a = self.factor_of(&prefix, layer, projection, Factor::A, &features)?;
+            let b = self.factor_of(&prefix, layer, projection, Factor::B, &features)?;
+            update = update.f_addmm(&b, &a)?;
+        }
+        let update = update.f_mul_scalar_(self.job.recipe.lora.scaling())?;
         let merged = base.f_add(&update.f_to_kind(Kind::Float)?)?;
         self.pad(written, projection, keep, merged, dim)
     }
@@ -237,7 +244,15 @@ impl Merge<'_> {
         }
     }
 
-    /// A factor of the kept features, put together from the ranks.
+    /// Pairs that knots have frozen.
+    fn frozen_pairs(&self) -> usize {
+        let has = |knot: &usize| {
+            let name = factor_name(&ledger_prefix(*knot), 0, Projection::Q, Factor::A);
+            self.ranks.first().is_some_and(|rank| rank.has(&name))
+        };
+        (0..).take_while(has).count()
+    }
+
     fn factor(
         &self,
         layer: usize,
@@ -245,7 +260,19 @@ impl Merge<'_> {
         factor: Factor,
         features: &[i64],
     ) -> Result<Tensor> {
-        let name = factor_name("lora", layer, projection, factor);
+        self.factor_of("lora", layer, projection, factor, features)
+    }
+
+    /// A factor of the kept features, put together from the ranks.
+    fn factor_of(
+        &self,
+        prefix: &str,
+        layer: usize,
+        projection: Projection,
+        factor: Factor,
+        features: &[i64],
+    ) -> Result<Tensor> {
+        let name = factor_name(prefix, layer, projection, factor);
         let Some(first) = self.ranks.first() else {
             return Err(Fault::Refused("an export needs the checkpoint of at least one rank".into()));
         };

@@ -197,8 +197,14 @@ fn logits_of_folder(model: &Path, prompts: &[Vec<u32>], out: &Path) -> Result<()
     )?;
     let layout = FactorLayout::new(spec, held, 1);
     let factors = layout.zeros(Kind::Float, Device::Cpu)?;
-    let adapters =
-        Adapters { layout: &layout, factors: &factors, lora_rank: 1, scaling: 1.0, dropout: Dropout::off() };
+    let adapters = Adapters {
+        layout: &layout,
+        factors: &factors,
+        ledger: &[],
+        lora_rank: 1,
+        scaling: 1.0,
+        dropout: Dropout::off(),
+    };
     let mut tensors = Vec::with_capacity(prompts.len());
     for (index, prompt) in prompts.iter().enumerate() {
         let logits = loaded.logits(&[prompt.as_slice()], &adapters, &mut Alone)?;

@@ -41,6 +41,8 @@ pub(crate) fn tile_elements(device: Device) -> i64 {
 pub(crate) struct ScoreInputs<'a> {
     pub(crate) layout: &'a FactorLayout,
     pub(crate) factors: &'a Tensor,
+    /// Pairs that are frozen, laid out like the factors.
+    pub(crate) ledger: &'a [Tensor],
     /// Complete and clipped.
     pub(crate) gradients: &'a Tensor,
     pub(crate) observed: Option<&'a [Observed]>,
@@ -98,7 +100,7 @@ pub(crate) struct LiveGroups {
 }
 
 impl LiveGroups {
-    fn of(&self, projection: Projection) -> Option<&Tensor> {
+    pub(crate) fn of(&self, projection: Projection) -> Option<&Tensor> {
         match projection {
             Projection::Q | Projection::O => self.query_heads.as_ref(),
             Projection::K | Projection::V => self.kv_heads.as_ref(),
@@ -108,7 +110,7 @@ impl LiveGroups {
 }
 
 /// Sums along the unsplit dimension: one value for each feature along the split one.
-fn projection_sums(
+pub(crate) fn projection_sums(
     criterion: Criterion,
     layer: usize,
     projection: Projection,
@@ -124,9 +126,13 @@ fn projection_sums(
     let form = match criterion {
         Criterion::LoraPrune { form } => Some(form),
         Criterion::Tangent => Some(LoraPruneForm::Code),
-        Criterion::Taylor | Criterion::Magnitude | Criterion::Wanda | Criterion::Random => None,
+        Criterion::Taylor | Criterion::Magnitude | Criterion::Wanda | Criterion::Flap | Criterion::Random => {
+            None
+        }
     };
+    // The kernels know one pair.
     if let Some(form) = form
+        && inputs.ledger.is_empty()
         && scores::takes(&a)
     {
         let (grad_a, grad_b) = (factor(inputs.gradients, Factor::A)?, factor(inputs.gradients, Factor::B)?);
@@ -147,6 +153,7 @@ fn projection_sums(
         return scores::guided_sums(&guided, form, projection.split(), tile_rows, &tile);
     }
     if let Criterion::LoraPrune { form } = criterion
+        && inputs.ledger.is_empty()
         && kind == Kind::Float
         && let Some(on) = scored_on(&a)
     {
@@ -176,7 +183,9 @@ fn projection_sums(
             let stepped_a = stepped_a(criterion, &a, &da)?;
             Some((Tensor::f_cat(&[&db, &b], 1)?, Tensor::f_cat(&[&stepped_a, &da], 0)?))
         }
-        Criterion::Taylor | Criterion::Magnitude | Criterion::Wanda | Criterion::Random => None,
+        Criterion::Taylor | Criterion::Magnitude | Criterion::Wanda | Criterion::Flap | Criterion::Random => {
+            None
+        }
     };
     // By which the tile is multiplied, and by which its columns are.
     let (gradient, squares) = match (criterion, inputs.observed.map(|all| &all[layer])) {
@@ -190,6 +199,8 @@ fn projection_sums(
             };
             (None, Some(squares))
         }
+        // The columns' squared lengths alone; `flap` has the rest.
+        (Criterion::Flap, _) => (None, None),
         (Criterion::Taylor | Criterion::Wanda, _) => {
             return Err(Fault::Refused(format!(
                 "the {criterion:?} criterion needs sums that the passes of this step did not keep"
@@ -208,6 +219,10 @@ fn projection_sums(
         let len = tile_rows.min(rows - start);
         let tile = |tensor: &Tensor| tensor.f_narrow(0, start, len);
         let mut scores = weight.dense_rows(first_row + start, len, kind)?.f_addmm(&tile(&scaled_b)?, &a)?;
+        for frozen in inputs.ledger {
+            let (a, b) = (factor(frozen, Factor::A)?, factor(frozen, Factor::B)?);
+            scores = scores.f_addmm(&tile(&b.f_mul_scalar(inputs.scaling)?)?, &a)?;
+        }
         if let Some((left, right)) = &guide {
             let _ = scores.f_mul_(&tile(left)?.f_mm(right)?)?;
         }
@@ -215,7 +230,9 @@ fn projection_sums(
             let _ = scores.f_mul_(&tile(gradient)?)?;
         }
         let scores = match criterion {
-            Criterion::LoraPrune { form: LoraPruneForm::Paper } | Criterion::Wanda => scores.f_square_()?,
+            Criterion::LoraPrune { form: LoraPruneForm::Paper } | Criterion::Wanda | Criterion::Flap => {
+                scores.f_square_()?
+            }
             Criterion::LoraPrune { form: LoraPruneForm::Code }
             | Criterion::Tangent
             | Criterion::Taylor

@@ -76,6 +76,8 @@ pub(crate) struct Pass<'a> {
     pub(crate) layout: &'a FactorLayout,
     /// Factors in the format of the products.
     pub(crate) factors: &'a Tensor,
+    /// Pairs that are frozen, laid out like the factors.
+    pub(crate) ledger: &'a [Tensor],
     pub(crate) lora_rank: i64,
     pub(crate) scaling: f64,
     pub(crate) dropout: Dropout,
@@ -148,6 +150,17 @@ impl Adapted<'_> {
             low_rank::expand_add(&mut y.f_narrow(1, column, *width)?, &low, &b.f_tr()?)?;
             column += width;
         }
+        for frozen in pass.ledger {
+            let a = pass.layout.stacked_a(frozen, self.layer, self.projections)?;
+            let low = low_rank::project(x, &a, pass.scaling)?;
+            let mut column = 0;
+            for (place, (projection, width)) in self.projections.iter().zip(self.widths).enumerate() {
+                let b = pass.layout.view(frozen, self.layer, *projection, Factor::B)?;
+                let low = low.f_narrow(1, place as i64 * pass.lora_rank, pass.lora_rank)?;
+                low_rank::expand_add(&mut y.f_narrow(1, column, *width)?, &low, &b.f_tr()?)?;
+                column += width;
+            }
+        }
         Ok((y, low))
     }
 
@@ -193,6 +206,18 @@ impl Adapted<'_> {
                 pass.first_token,
                 self.features,
             )?)?;
+        }
+        for frozen in pass.ledger {
+            let mut up = Vec::with_capacity(self.projections.len());
+            let mut column = 0;
+            for (projection, width) in self.projections.iter().zip(self.widths) {
+                let b = pass.layout.view(frozen, self.layer, *projection, Factor::B)?;
+                let grad = grad_y.f_narrow(1, column, *width)?;
+                up.push(low_rank::project(&grad, &b.f_tr()?, pass.scaling)?);
+                column += width;
+            }
+            let a = pass.layout.stacked_a(frozen, self.layer, self.projections)?;
+            low_rank::expand_add(&mut grad_x, &Tensor::f_cat(&up, 1)?, &a)?;
         }
         if let Some(observed) = observed {
             observed.add(self.site, grad_y, x)?;

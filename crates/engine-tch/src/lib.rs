@@ -13,6 +13,7 @@ mod export_check;
 mod factors;
 mod fault;
 mod ffi;
+mod flap;
 mod frozen;
 mod gram;
 mod importance;

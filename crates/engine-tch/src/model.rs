@@ -47,6 +47,8 @@ pub(crate) struct Adapters<'a> {
     pub(crate) layout: &'a FactorLayout,
     /// In the format of the products.
     pub(crate) factors: &'a Tensor,
+    /// Pairs that are frozen, likewise.
+    pub(crate) ledger: &'a [Tensor],
     pub(crate) lora_rank: usize,
     pub(crate) scaling: f64,
     pub(crate) dropout: Dropout,
@@ -295,6 +297,7 @@ impl Model {
             rotary,
             layout: adapters.layout,
             factors: adapters.factors,
+            ledger: adapters.ledger,
             lora_rank: adapters.lora_rank as i64,
             scaling: adapters.scaling,
             dropout: adapters.dropout,

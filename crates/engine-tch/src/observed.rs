@@ -14,6 +14,15 @@ pub(crate) enum Observed {
     WeightGradients(WeightGradients),
     /// For `wanda`.
     InputSquares(InputSquares),
+    /// For `flap`.
+    InputMoments(InputMoments),
+}
+
+/// Sums `[2, features]` in f64 of the inputs of o and of down and of their squares, and over how many tokens.
+pub(crate) struct InputMoments {
+    pub(crate) o: Tensor,
+    pub(crate) down: Tensor,
+    pub(crate) tokens: i64,
 }
 
 /// Gradients of the frozen weights themselves, shaped like them.
@@ -60,6 +69,13 @@ impl Observed {
                 o: zeros(&[layer.o.size2()?.1])?,
                 down: zeros(&[layer.channels])?,
             })),
+            Criterion::Flap => {
+                let sums = |features| {
+                    Ok::<_, crate::fault::Fault>(Tensor::f_zeros([2, features], (Kind::Double, device))?)
+                };
+                let (o, down) = (sums(layer.o.size2()?.1)?, sums(layer.channels)?);
+                Some(Self::InputMoments(InputMoments { o, down, tokens: 0 }))
+            }
             Criterion::LoraPrune { .. } | Criterion::Tangent | Criterion::Magnitude | Criterion::Random => {
                 None
             }
@@ -77,6 +93,20 @@ impl Observed {
                     DropoutSite::Down => &mut gradients.down,
                 };
                 add_product(gradient, &grad_y.f_tr()?, x)
+            }
+            Self::InputMoments(moments) => {
+                let sums = match site {
+                    DropoutSite::O => &moments.o,
+                    DropoutSite::Down => &moments.down,
+                    DropoutSite::Qkv | DropoutSite::GateUp => return Ok(()),
+                };
+                if let DropoutSite::Down = site {
+                    moments.tokens += x.size()[0];
+                }
+                let of = |values: &Tensor| values.f_sum_dim_intlist(&[0i64][..], false, Kind::Double);
+                let _ = sums.f_get(0)?.f_add_(&of(x)?)?;
+                let _ = sums.f_get(1)?.f_add_(&of(&x.f_square()?)?)?;
+                Ok(())
             }
             Self::InputSquares(squares) => {
                 let sum = match site {

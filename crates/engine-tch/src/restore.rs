@@ -74,11 +74,20 @@ impl Restored {
                 tensor.f_copy_(&first.tensor(name)?.f_to_device(shard.device)?)?;
             }
         }
+        let frozen = shard.setup.recipe.chain.as_ref();
+        // Tied before the last step that was taken: the next knot is tied by the step before which it is due.
+        let frozen = frozen.map_or(0, |chain| match self.restore.next_step.checked_sub(1) {
+            Some(last) => chain.frozen_pairs(last),
+            None => 0,
+        });
+        for _ in 0..frozen {
+            shard.ledger.push(shard.factors.f_zeros_like()?);
+        }
         for (prefix, flat) in shard.flats() {
             for layer in 0..shard.layout.layer_count() {
                 for projection in Projection::ALL {
                     for factor in Factor::BOTH {
-                        let name = factor_name(prefix, layer, projection, factor);
+                        let name = factor_name(&prefix, layer, projection, factor);
                         let mut view = shard.layout.view(flat, layer, projection, factor)?;
                         let saved = if is_replicated(projection, factor) {
                             first.tensor(&name)?

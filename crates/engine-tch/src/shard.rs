@@ -2,10 +2,11 @@
 
 use crate::communicator::{Alone, Communicator, Gloo, Meeting, Nccl, ReduceOp, Store, Watched, unique_id};
 use crate::device;
-use crate::dropout::Dropout;
+use crate::dropout::{Dropout, splitmix};
 use crate::export;
 use crate::factors::{Factor, FactorLayout, is_replicated};
 use crate::fault::{Fault, Result};
+use crate::flap;
 use crate::frozen::FrozenFormat;
 use crate::importance::{self, LiveGroups, ScoreInputs};
 use crate::memory;
@@ -15,7 +16,7 @@ use crate::optimizer::Moments;
 use crate::optimizer::lora_rite::{self, Rule, Side};
 use crate::restore::Restored;
 use crate::source::{Source, compute_kind};
-use crate::state_file;
+use crate::state_file::{self, ledger_prefix};
 use crate::tangent;
 use crate::teacher::Teacher;
 use engine::{
@@ -101,6 +102,8 @@ pub(crate) struct Shard {
     pub(crate) layout: FactorLayout,
     /// Master copy, in f32 or f64.
     pub(crate) factors: Tensor,
+    /// Pairs that knots have frozen, oldest first, laid out like the factors.
+    pub(crate) ledger: Vec<Tensor>,
     pub(crate) moments: Moments,
     pub(crate) gradients: Tensor,
     pub(crate) observed: Option<Vec<Observed>>,
@@ -172,6 +175,7 @@ impl Shard {
             model,
             layout,
             factors,
+            ledger: Vec::new(),
             live,
             teacher: Teacher::default(),
             skipped: 0,
@@ -203,6 +207,30 @@ impl Shard {
         Ok(self.factors.f_to_kind(compute_kind(self.setup.recipe.precision.compute))?)
     }
 
+    /// Frozen pairs in the format of the products.
+    pub(crate) fn compute_ledger(&self) -> Result<Vec<Tensor>> {
+        let kind = compute_kind(self.setup.recipe.precision.compute);
+        self.ledger.iter().map(|frozen| Ok(frozen.f_to_kind(kind)?)).collect()
+    }
+
+    /// Freezes the pair that was tuned and begins a fresh one, where a knot is due before `step` and not tied yet.
+    pub(crate) fn tie_knot(&mut self, step: u64) -> Result<()> {
+        let recipe = &self.setup.recipe;
+        let due = recipe.chain.as_ref().map_or(0, |chain| chain.frozen_pairs(step));
+        if self.ledger.len() >= due {
+            return Ok(());
+        }
+        let held = self.placement.ranks[self.setup.tp_rank].clone();
+        // Keyed by the knot, so that no two pairs begin alike.
+        let seed = splitmix(recipe.seed ^ (due as u64) << 32);
+        let fresh = self.layout.fresh(self.source.spec(), &held, seed, self.factors.kind(), self.device)?;
+        let lora_rank = recipe.lora.rank as i64;
+        self.moments = Moments::zeros(&recipe.optimizer, &fresh, self.layout.pair_count(), lora_rank)?;
+        self.ledger.push(std::mem::replace(&mut self.factors, fresh));
+        tracing::info!(step, knot = due, "knot tied");
+        Ok(())
+    }
+
     fn step(&mut self, step: u64, micro_batches: &[Vec<&[u32]>]) -> Result<StepOutcome> {
         let recipe = self.setup.recipe.clone();
         let predictions: usize = micro_batches.iter().flatten().map(|row| row.len().saturating_sub(1)).sum();
@@ -212,7 +240,8 @@ impl Shard {
         let _ = self.gradients.f_zero_()?;
         let criterion = recipe.pruning.as_ref().map(|pruning| pruning.criterion);
         self.prepare_observed(criterion)?;
-        let factors = self.compute_factors()?;
+        self.tie_knot(step)?;
+        let (factors, ledger) = (self.compute_factors()?, self.compute_ledger()?);
         let mut total = 0.0;
         let mut first_token = 0;
         let mut times = PhaseTimes::default();
@@ -220,6 +249,7 @@ impl Shard {
             let adapters = Adapters {
                 layout: &self.layout,
                 factors: &factors,
+                ledger: &ledger,
                 lora_rank: recipe.lora.rank,
                 scaling: recipe.lora.scaling(),
                 dropout: Dropout { probability: recipe.lora.dropout, seed: recipe.seed, step },
@@ -356,10 +386,13 @@ impl Shard {
     }
 
     /// The tensors that are laid out like the factors, by the prefix under which checkpoints keep them.
-    pub(crate) fn flats(&self) -> [(&'static str, &Tensor); 3] {
+    pub(crate) fn flats(&self) -> Vec<(String, &Tensor)> {
         let [first, second] = Moments::names(&self.setup.recipe.optimizer);
         let [of_first, of_second] = &self.moments.flats;
-        [("lora", &self.factors), (first, of_first), (second, of_second)]
+        let mut flats = vec![("lora".to_owned(), &self.factors)];
+        flats.extend([(first.to_owned(), of_first), (second.to_owned(), of_second)]);
+        flats.extend(self.ledger.iter().enumerate().map(|(knot, frozen)| (ledger_prefix(knot), frozen)));
+        flats
     }
 
     /// Ends a step that cannot be taken, unless too many before it could not be either.
@@ -436,6 +469,7 @@ impl Shard {
             | Criterion::Taylor
             | Criterion::Magnitude
             | Criterion::Wanda
+            | Criterion::Flap
             | Criterion::Random => self.gradients.shallow_clone(),
         };
         let inputs = ScoreInputs {
@@ -443,11 +477,15 @@ impl Shard {
             factors: &self.factors,
             gradients: &gradients,
             observed: self.observed.as_deref(),
+            ledger: &self.ledger,
             scaling: self.setup.recipe.lora.scaling(),
             head_dim: self.source.spec().head_dim as i64,
             step,
             tile_elements,
         };
+        if criterion == Criterion::Flap {
+            return flap::scores(&self.model.layers, &self.live, &inputs, self.communicator.as_mut());
+        }
         let mut all = Vec::new();
         for (layer, (shard, live)) in self.model.layers.iter().zip(&self.live).enumerate() {
             all.extend(importance::score_layer(criterion, layer, shard, live, &inputs)?);
@@ -481,9 +519,11 @@ impl Shard {
             return Ok(());
         }
         let no_factors = self.compute_factors()?.f_zeros_like()?;
+        let ledger = Vec::new();
         let adapters = Adapters {
             layout: &self.layout,
             factors: &no_factors,
+            ledger: &ledger,
             lora_rank: self.setup.recipe.lora.rank,
             scaling: self.setup.recipe.lora.scaling(),
             dropout: Dropout::off(),
@@ -494,12 +534,13 @@ impl Shard {
     }
 
     pub(crate) fn evaluate_rows(&mut self, rows: &[&[u32]], rows_per_pass: usize) -> Result<NllSum> {
-        let factors = self.compute_factors()?;
+        let (factors, ledger) = (self.compute_factors()?, self.compute_ledger()?);
         let mut sum = NllSum::default();
         for rows in rows.chunks(rows_per_pass.max(1)) {
             let adapters = Adapters {
                 layout: &self.layout,
                 factors: &factors,
+                ledger: &ledger,
                 lora_rank: self.setup.recipe.lora.rank,
                 scaling: self.setup.recipe.lora.scaling(),
                 dropout: Dropout::off(),
@@ -513,10 +554,11 @@ impl Shard {
     }
 
     fn judge(&mut self, prompts: &[Prompt<'_>]) -> Result<Vec<Vec<f64>>> {
-        let factors = self.compute_factors()?;
+        let (factors, ledger) = (self.compute_factors()?, self.compute_ledger()?);
         let adapters = Adapters {
             layout: &self.layout,
             factors: &factors,
+            ledger: &ledger,
             lora_rank: self.setup.recipe.lora.rank,
             scaling: self.setup.recipe.lora.scaling(),
             dropout: Dropout::off(),
@@ -526,10 +568,11 @@ impl Shard {
 
     /// Logits `[tokens of all prompts, vocabulary on this rank]`.
     pub(crate) fn prompt_logits(&mut self, prompts: &[Vec<u32>]) -> Result<Tensor> {
-        let factors = self.compute_factors()?;
+        let (factors, ledger) = (self.compute_factors()?, self.compute_ledger()?);
         let adapters = Adapters {
             layout: &self.layout,
             factors: &factors,
+            ledger: &ledger,
             lora_rank: self.setup.recipe.lora.rank,
             scaling: self.setup.recipe.lora.scaling(),
             dropout: Dropout::off(),

@@ -150,7 +150,8 @@ impl Shard {
 
         let layout = FactorLayout::new(&spec, then, self.setup.recipe.lora.rank);
         let [first, second] = &self.moments.flats;
-        let old = [&self.factors, first, second].map(Tensor::shallow_clone);
+        let flats = [&self.factors, first, second].into_iter().chain(&self.ledger);
+        let old: Vec<Tensor> = flats.map(Tensor::shallow_clone).collect();
         let exchanged = self.exchange(&old, &moves)?;
         let mut new = Vec::with_capacity(old.len());
         for (index, old) in old.iter().enumerate() {
@@ -183,6 +184,7 @@ impl Shard {
             }
             new.push(flat);
         }
+        self.ledger = new.split_off(3);
         let [factors, first, second] = <[Tensor; 3]>::try_from(new)
             .map_err(|_| Fault::Refused("a mask must carry factors and both moments along".into()))?;
         self.gradients = factors.f_zeros_like()?;

@@ -25,6 +25,11 @@ pub(crate) fn factor_name(prefix: &str, layer: usize, projection: Projection, fa
     format!("{prefix}.layers.{layer}.{projection}.{}", factor.name())
 }
 
+/// Prefix of the pair that a knot, from 0, has frozen.
+pub(crate) fn ledger_prefix(knot: usize) -> String {
+    format!("ledger.{knot}")
+}
+
 /// Name of a frozen matrix that compensation changes: `base.layers.3.o_proj`.
 pub(crate) fn base_name(layer: usize, projection: Projection) -> String {
     format!("base.layers.{layer}.{projection}")
@@ -69,7 +74,7 @@ fn taken(shard: &mut Shard, prompts: &[Vec<u32>]) -> Result<State> {
                 for factor in Factor::BOTH {
                     let view = shard.layout.view(flat, layer, projection, factor)?;
                     let (shape, dtype, bytes) = to_bytes(&view)?;
-                    tensors.push((factor_name(prefix, layer, projection, factor), shape, dtype, bytes));
+                    tensors.push((factor_name(&prefix, layer, projection, factor), shape, dtype, bytes));
                 }
             }
         }

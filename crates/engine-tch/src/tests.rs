@@ -2,6 +2,7 @@
 //! The goldens are in `tests/fixtures`, with the scripts that made them.
 
 mod blocks;
+mod chain;
 mod compensation;
 mod distillation;
 mod golden_runs;

@@ -109,7 +109,10 @@ impl<'a> Step<'a> {
     }
 
     fn observes_inputs(&self) -> bool {
-        self.recipe.pruning.as_ref().is_some_and(|pruning| pruning.criterion == Criterion::Wanda)
+        self.recipe
+            .pruning
+            .as_ref()
+            .is_some_and(|pruning| matches!(pruning.criterion, Criterion::Wanda | Criterion::Flap))
     }
 
     fn widened(&self, layer: &RankWidths, projections: &[Projection]) -> u64 {
@@ -316,6 +319,11 @@ impl<'a> Step<'a> {
         let master = master_bytes(self.recipe.precision.compute);
         let observed = match self.recipe.pruning.as_ref().map(|pruning| pruning.criterion) {
             Some(Criterion::Taylor) => self.shape.projection_weights() * master,
+            // FLAP keeps sums and squares, both in f64.
+            Some(Criterion::Flap) => {
+                let inputs = self.shape.layers.iter();
+                inputs.map(|layer| self.shape.query(layer) + layer.channels).sum::<u64>() * 16
+            }
             Some(Criterion::Wanda) => {
                 let inputs = self.shape.layers.iter();
                 inputs.map(|layer| self.shape.query(layer) + layer.channels).sum::<u64>() * master

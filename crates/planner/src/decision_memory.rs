@@ -51,7 +51,9 @@ fn slicing(held: &RankShape, recipe: &Recipe, shrinks: bool) -> Moment {
     if !shrinks {
         return Moment::default();
     }
-    let flats = 4 * held.lora(recipe.lora.rank as u64) * master_bytes(recipe.precision.compute);
+    let flats = (4 + recipe.frozen_pairs())
+        * held.lora(recipe.lora.rank as u64)
+        * master_bytes(recipe.precision.compute);
     let one = |layer: &RankWidths| RankShape { layers: vec![*layer], vocabulary_rows: 0, ..held.clone() };
     let layer = held.layers.iter().map(|layer| one(layer).frozen_bytes(recipe.precision)).max().unwrap_or(0);
     Moment { activations: 0, buffers: flats.max(layer) }

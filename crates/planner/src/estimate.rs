@@ -290,7 +290,7 @@ impl Planner<'_> {
         };
         Memory {
             weights: shape.frozen_bytes(precision),
-            lora: lora * (master + copy),
+            lora: (1 + self.recipe.frozen_pairs()) * lora * (master + copy),
             gradients: lora * master,
             moments: 2 * lora * master,
             ..Memory::default()
@@ -393,7 +393,7 @@ impl Planner<'_> {
             .pruning
             .as_ref()
             .is_some_and(|pruning| pruning.compensation.least_squares().is_some());
-        3 * lora * master_bytes(self.recipe.precision.compute)
+        (3 + self.recipe.frozen_pairs()) * lora * master_bytes(self.recipe.precision.compute)
             + if compensates { shape.narrowing_bytes(self.recipe) } else { 0 }
             + self.all_taught_bytes()
     }

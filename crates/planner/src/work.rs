@@ -76,7 +76,7 @@ fn scored_share(shape: &RankShape, criterion: Criterion) -> f64 {
         Criterion::LoraPrune { .. } | Criterion::Tangent | Criterion::Taylor | Criterion::Magnitude => {
             shape.projection_weights() as f64
         }
-        Criterion::Wanda => narrowing as f64,
+        Criterion::Wanda | Criterion::Flap => narrowing as f64,
         Criterion::Random => 0.0,
     }
 }
@@ -85,7 +85,7 @@ fn scored_share(shape: &RankShape, criterion: Criterion) -> f64 {
 fn score_flops(lora_rank: f64, criterion: Criterion) -> f64 {
     match criterion {
         Criterion::LoraPrune { .. } | Criterion::Tangent => 6.0 * lora_rank + 3.0,
-        Criterion::Taylor | Criterion::Wanda => 2.0 * lora_rank + 3.0,
+        Criterion::Taylor | Criterion::Wanda | Criterion::Flap => 2.0 * lora_rank + 3.0,
         Criterion::Magnitude => 2.0 * lora_rank + 2.0,
         Criterion::Random => 0.0,
     }

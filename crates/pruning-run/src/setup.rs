@@ -169,7 +169,8 @@ impl RunSetup {
     pub(crate) fn wants_scores(&self, step: u64) -> bool {
         let scored =
             self.recipe.pruning.as_ref().is_some_and(|pruning| pruning.criterion.is_scored_by_workers());
-        scored && self.pruning_steps.last().is_some_and(|last| step <= *last)
+        let settled = self.recipe.chain.as_ref().is_none_or(|chain| chain.has_settled(step));
+        scored && settled && self.pruning_steps.last().is_some_and(|last| step <= *last)
     }
 
     /// All that is measured before the first step and again after the last.

@@ -91,6 +91,7 @@ impl Transition<'_> {
             (
                 Criterion::LoraPrune { .. }
                 | Criterion::Tangent
+                | Criterion::Flap
                 | Criterion::Taylor
                 | Criterion::Magnitude
                 | Criterion::Wanda,

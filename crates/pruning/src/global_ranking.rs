@@ -8,6 +8,8 @@
 //! counting those that are gone as zero: the share of its block that a group carries. A block already cut deeply thus
 //! defends what it has left, and the layers differ by how unequal their groups are, which is all that such scores tell.
 //!
+//! FLAP's scores are standardised in each layer, to be compared as they are: density is importance itself.
+//!
 //! Groups go in quanta: from one legal count of a layer to the next (`channel_multiple`, `serve_tp`; under
 //! `query_heads` one head from each key/value head), so the counts are legal from the first decision on. A quantum's
 //! density is the mean over its groups, and at least that of the quantum before it. The last legal count always stays.
@@ -205,6 +207,7 @@ impl<'a> Cutter<'a> {
     fn to_density(&self, group_weights: u64, importance: &[f64]) -> f64 {
         match self.density {
             Density::ByWeight => 1.0 / group_weights as f64,
+            Density::Itself => 1.0,
             Density::ByBlockMean => {
                 let total: f64 = importance.iter().sum();
                 if total > 0.0 { importance.len() as f64 / total } else { 0.0 }

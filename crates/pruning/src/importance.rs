@@ -34,6 +34,9 @@ pub fn combine(
     criterion: Criterion,
     grouping: HeadGrouping,
 ) -> Result<Vec<GroupImportance>, ScoreError> {
+    if criterion == Criterion::Flap {
+        return Ok(standardised(dense, scores, grouping));
+    }
     let normalises = criterion.normalises_projections();
     let layers = dense.layers.iter().enumerate().map(|(layer, widths)| {
         let units = |projection| scores.of(layer, projection);
@@ -57,6 +60,22 @@ pub fn combine(
         importance.attention.resize(group_count(widths, Block::Attention, grouping), 0.0);
         importance.mlp.resize(group_count(widths, Block::Mlp, grouping), 0.0);
         Ok(importance)
+    });
+    layers.collect()
+}
+
+/// FLAP's scores, which come standardised: of o by query head, whose mean counts for a group of them, and of down.
+fn standardised(dense: &ModelSpec, scores: &StepScores, grouping: HeadGrouping) -> Vec<GroupImportance> {
+    let layers = dense.layers.iter().enumerate().map(|(layer, widths)| {
+        let by_head = scores.of(layer, Projection::O);
+        let attention = match grouping {
+            HeadGrouping::KvGroups => {
+                let heads = widths.query_heads_per_kv_head().max(1);
+                folded(by_head, heads).iter().map(|sum| sum / heads as f64).collect()
+            }
+            HeadGrouping::QueryHeads => by_head.to_vec(),
+        };
+        GroupImportance { attention, mlp: scores.of(layer, Projection::Down).to_vec() }
     });
     layers.collect()
 }

@@ -85,6 +85,7 @@ fn plain_global(
             let total: f64 = importance.iter().sum();
             let scale = match goal.density {
                 Density::ByWeight => 1.0 / group_weights as f64,
+                Density::Itself => 1.0,
                 Density::ByBlockMean if total > 0.0 => importance.len() as f64 / total,
                 Density::ByBlockMean => 0.0,
             };

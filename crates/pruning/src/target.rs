@@ -64,6 +64,8 @@ pub(crate) struct WeightGoal {
 pub(crate) enum Density {
     /// Importance by weight: the criterion measures a change of the loss (or a mass of weights) in one unit everywhere.
     ByWeight,
+    /// Importance itself: the criterion has made it comparable.
+    Itself,
     /// Importance over the mean of the group's block: the criterion has erased the scale between blocks.
     ByBlockMean,
 }
@@ -413,10 +415,11 @@ fn paper(dense: &ModelSpec, legal: &LegalCounts, prunable: &[bool], sparsity: f6
     Goal::Counts { removals, last, rounding: Rounding::Down }
 }
 
-/// Normalised and random scores say nothing across blocks; all others are in one unit everywhere.
+/// Normalised and random scores say nothing across blocks, standardised ones all; all others are in one unit everywhere.
 fn density(criterion: Criterion) -> Density {
     match criterion {
         Criterion::Random => Density::ByBlockMean,
+        Criterion::Flap => Density::Itself,
         Criterion::LoraPrune { .. }
         | Criterion::Tangent
         | Criterion::Taylor

@@ -21,6 +21,10 @@ pub enum Criterion {
     /// arXiv:2306.11695, in its structured form). Reads the inputs of the training passes: no gradient, and no more memory.
     #[default]
     Wanda,
+    /// How much the inputs of o and down vary, times their columns' squared lengths, standardised in each layer (FLAP,
+    /// arXiv:2312.11983): comparable over layers, so best with the shape `global`. As published but for its bias, which
+    /// compensation makes needless. Reads the inputs of the training passes: no gradient, and no more memory.
+    Flap,
     /// A fixed random order, keyed by the recipe's seed: the floor that a criterion must beat.
     Random,
 }
@@ -46,6 +50,7 @@ impl Criterion {
             | Self::Taylor
             | Self::Magnitude
             | Self::Wanda
+            | Self::Flap
             | Self::Random => false,
         }
     }
@@ -54,7 +59,12 @@ impl Criterion {
     #[must_use]
     pub fn is_scored_by_workers(self) -> bool {
         match self {
-            Self::LoraPrune { .. } | Self::Tangent | Self::Taylor | Self::Magnitude | Self::Wanda => true,
+            Self::LoraPrune { .. }
+            | Self::Tangent
+            | Self::Taylor
+            | Self::Magnitude
+            | Self::Wanda
+            | Self::Flap => true,
             Self::Random => false,
         }
     }

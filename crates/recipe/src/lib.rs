@@ -3,6 +3,7 @@
 //! A new criterion, optimizer or schedule starts here: the compiler then lists every place that must honour it.
 
 mod adapter;
+mod chain;
 mod compensation;
 mod criterion;
 mod depth;
@@ -13,6 +14,7 @@ mod pruning;
 mod schedule;
 
 pub use adapter::Lora;
+pub use chain::Chain;
 pub use compensation::{Compensation, CompensationTarget, LeastSquares};
 pub use criterion::{Criterion, LoraPruneForm};
 pub use depth::{BlockCriterion, Depth};
@@ -33,6 +35,8 @@ pub struct Recipe {
     pub steps: u64,
     pub batch: Batch,
     pub lora: Lora,
+    /// Absent: one pair of factors throughout.
+    pub chain: Option<Chain>,
     pub optimizer: Optimizer,
     pub learning_rate: LearningRate,
     /// Gradients are scaled down to this global L2 norm; absent means never. With LoRA-RITE, the unmagnified ones.
@@ -83,6 +87,7 @@ impl Default for Recipe {
             steps: 200,
             batch: Batch::default(),
             lora: Lora::default(),
+            chain: None,
             optimizer: Optimizer::default(),
             learning_rate: LearningRate::default(),
             max_grad_norm: Some(1.0),
@@ -116,6 +121,14 @@ impl Recipe {
         found.require(self.batch.rows >= 1, "batch.rows", || "must be at least 1".into());
         found.require(self.batch.micro_batches >= 1, "batch.micro_batches", || "must be at least 1".into());
         self.lora.check(&mut found);
+        if let Some(chain) = &self.chain {
+            chain.check(self.steps, &mut found);
+            let first = self.pruning_steps().first().copied();
+            let scored = first.is_none_or(|first| (0..=first).any(|step| chain.has_settled(step)));
+            found.require(scored, "chain.settle_steps", || {
+                format!("leaves no step whose scores count before the first mask, which is due after step {first:?}")
+            });
+        }
         self.optimizer.check(&mut found);
         self.learning_rate.check(self.steps, self.last_removal(), &mut found);
         if let Some(norm) = self.max_grad_norm {
@@ -146,10 +159,17 @@ impl Recipe {
         found.0
     }
 
+    /// Pairs of factors that knots will have frozen at the end.
+    #[must_use]
+    pub fn frozen_pairs(&self) -> u64 {
+        self.chain.as_ref().map_or(0, |chain| chain.knots.len() as u64)
+    }
+
     /// Learning rate of `step`.
     #[must_use]
     pub fn learning_rate_at(&self, step: u64) -> f64 {
-        self.learning_rate.at(step, self.steps, self.last_removal())
+        let rewarmed = self.chain.as_ref().map_or(1.0, |chain| chain.warmup_at(step));
+        rewarmed * self.learning_rate.at(step, self.steps, self.last_removal())
     }
 
     /// The last step after which a mask is decided; none without pruning.

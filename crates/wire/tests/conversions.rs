@@ -51,6 +51,7 @@ fn every_member_of_every_choice_survives_the_round_trip() {
         Criterion::Random,
         Criterion::Wanda,
         Criterion::Tangent,
+        Criterion::Flap,
     ];
     for criterion in criteria {
         for shape in [Shape::Uniform, Shape::Paper, Shape::Global] {

@@ -114,7 +114,7 @@ impl Shard {
         let kind = self.factors.kind();
         let zeros = self.model.layers.iter().map(|layer| Observed::zeros(Criterion::Taylor, layer, kind));
         let mut observed: Vec<Observed> = engine(zeros.filter_map(Result::transpose).collect())?;
-        let factors = engine(self.compute_factors())?;
+        let (factors, ledger) = (engine(self.compute_factors())?, engine(self.compute_ledger())?);
         let unwanted = engine(self.gradients.f_zeros_like().map_err(Fault::from))?;
         let recipe = self.setup.recipe.clone();
         for rows in rows.chunks(batch) {
@@ -122,6 +122,7 @@ impl Shard {
             let adapters = Adapters {
                 layout: &self.layout,
                 factors: &factors,
+                ledger: &ledger,
                 lora_rank: recipe.lora.rank,
                 scaling: recipe.lora.scaling(),
                 dropout: Dropout::off(),
@@ -154,6 +155,7 @@ impl Shard {
             factors: &self.factors,
             gradients: &self.gradients,
             observed,
+            ledger: &self.ledger,
             scaling: self.setup.recipe.lora.scaling(),
             head_dim: self.source.spec().head_dim as i64,
             step: 0,

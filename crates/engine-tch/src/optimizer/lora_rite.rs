@@ -207,13 +207,13 @@ fn guarded_step(grams: &[Tensor], inverse: &[Tensor; 2], of: [&Tensor; 2], rule:
     let (lr, decay) = (rule.learning_rate, 1.0 - rule.learning_rate * rule.choice.weight_decay);
     // X^T M and M^T M of the new M.
     let x_new = xg.f_matmul(of_gradient)?.f_add(&xm.f_matmul(of_moment)?)?;
-    let crossed = transposed(&of_gradient)?.f_matmul(gm)?.f_matmul(of_moment)?;
-    let new_new = transposed(&of_gradient)?
+    let crossed = transposed(of_gradient)?.f_matmul(gm)?.f_matmul(of_moment)?;
+    let new_new = transposed(of_gradient)?
         .f_matmul(gg)?
         .f_matmul(of_gradient)?
         .f_add(&crossed)?
         .f_add(&transposed(&crossed)?)?
-        .f_add(&transposed(&of_moment)?.f_matmul(mm)?.f_matmul(of_moment)?)?;
+        .f_add(&transposed(of_moment)?.f_matmul(mm)?.f_matmul(of_moment)?)?;
     let step = transposed(&inverse[Y])?.f_mul_scalar(lr)?;
     // X^T (M R^-T lr) and (M R^-T lr)^T (M R^-T lr).
     let x_step = x_new.f_matmul(&step)?;

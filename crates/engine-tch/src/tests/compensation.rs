@@ -180,6 +180,7 @@ fn adapters<'a>(shard: &'a Shard, factors: &'a Tensor) -> Adapters<'a> {
     Adapters {
         layout: &shard.layout,
         factors,
+        ledger: &[],
         lora_rank: shard.setup.recipe.lora.rank,
         scaling: shard.setup.recipe.lora.scaling(),
         dropout: Dropout::off(),

@@ -264,7 +264,7 @@ fn the_score_pass_is_the_plain_formula_for_every_criterion() {
                 }
                 Criterion::Taylor => criterion::taylor_sums(&adapted, g.as_ref().unwrap()),
                 Criterion::Magnitude | Criterion::Random => criterion::magnitude_sums(&adapted),
-                Criterion::Tangent => panic!("it has a test of its own"),
+                Criterion::Tangent | Criterion::Flap => panic!("they have tests of their own"),
                 Criterion::Wanda => criterion::wanda_sums(
                     &adapted,
                     &input_squares(&mut ours, layer, projection, &rows, input),
@@ -275,6 +275,66 @@ fn the_score_pass_is_the_plain_formula_for_every_criterion() {
             for (actual, expected) in scores.values.iter().zip(&expected) {
                 let close = (actual - expected).abs() <= 1e-11 * expected.abs().max(1e-9);
                 assert!(close, "{criterion:?} layer {layer} {projection}: {actual}, expected {expected}");
+            }
+        }
+    }
+}
+
+/// Variances by a slow form, standardised over whole layers; and what a removed input costs once its mean is put back.
+#[test]
+fn flap_scores_are_standardised_fluctuations() {
+    let spec = spec_of("gqa");
+    let rows = rows(&spec);
+    let mut ours = shard("gqa", Criterion::Flap);
+    let outcome = ours.train_step(0, &[rows.iter().map(Vec::as_slice).collect()]).unwrap();
+    // The step has moved the factors: scores were of those before it.
+    let mut before = shard("gqa", Criterion::Flap);
+    for (layer, widths) in spec.layers.iter().enumerate() {
+        for (which, projection) in [(Narrowing::O, Projection::O), (Narrowing::Down, Projection::Down)] {
+            let inputs = inputs_of_layer(&mut before, layer, which, &rows);
+            let weight = before.source.tensor(&checkpoint::projection_weight(layer, projection)).unwrap();
+            let view = |factor| before.layout.view(&before.factors, layer, projection, factor).unwrap();
+            let merged =
+                weight.to_kind(Kind::Double) + view(Factor::B).mm(&view(Factor::A)) * (6.0 / RANK as f64);
+            let variance = inputs.var_dim(&[0i64][..], false, false);
+            let lengths = merged.square().sum_dim_intlist(&[0i64][..], false, Kind::Double);
+            let fluctuation = &variance * &lengths;
+            if layer == 1 && projection == Projection::Down {
+                let mean = inputs.mean_dim(&[0i64][..], false, Kind::Double);
+                let lost =
+                    (inputs.select(1, 5) - mean.get(5)).unsqueeze(1).mm(&merged.select(1, 5).unsqueeze(0));
+                let error =
+                    lost.square().sum_dim_intlist(&[1i64][..], false, Kind::Double).mean(Kind::Double);
+                let expected = fluctuation.double_value(&[5]);
+                assert!(
+                    (error.double_value(&[]) - expected).abs() < 1e-12 * expected,
+                    "what is lost is WIFV"
+                );
+                let shift = lost.mean_dim(&[0i64][..], false, Kind::Double).abs().max().double_value(&[]);
+                assert!(shift < 1e-12, "and nothing of the mean");
+            }
+            let metric = if projection == Projection::O { fluctuation.square() } else { fluctuation };
+            let standardised = (&metric - metric.mean(Kind::Double)) / metric.std(true);
+            let expected = match projection {
+                Projection::O => standardised.view([widths.query_head_count as i64, -1]).mean_dim(
+                    &[1i64][..],
+                    false,
+                    Kind::Double,
+                ),
+                Projection::Q
+                | Projection::K
+                | Projection::V
+                | Projection::Gate
+                | Projection::Up
+                | Projection::Down => standardised,
+            };
+            let expected = to_f64(&expected).unwrap();
+            let found = outcome.scores.iter().find(|one| one.layer == layer && one.projection == projection);
+            for (found, expected) in found.unwrap().values.iter().zip(&expected) {
+                assert!(
+                    (found - expected).abs() < 1e-9,
+                    "layer {layer} {projection}: {found}, expected {expected}"
+                );
             }
         }
     }
@@ -344,6 +404,7 @@ fn inputs_of_layer(shard: &mut Shard, layer: usize, which: Narrowing, rows: &[Ve
     let adapters = Adapters {
         layout: &shard.layout,
         factors: &shard.factors,
+        ledger: &[],
         lora_rank: RANK,
         scaling: 6.0 / RANK as f64,
         dropout: Dropout::off(),

@@ -224,7 +224,9 @@ fn drive(
                     .into_iter()
                     .map(|answer| match answer {
                         Answer::Calibrated(found) => found,
-                        _ => panic!("expected a calibration"),
+                        Answer::Step(_) | Answer::Applied(_) | Answer::Finished { .. } => {
+                            panic!("expected a calibration")
+                        }
                     })
                     .collect();
                 assert!(found.iter().all(|other| *other == found[0]), "ranks disagree on the calibration");

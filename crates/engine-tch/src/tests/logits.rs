@@ -28,8 +28,14 @@ fn logits_of(model: &str, kind: Kind, rows: &[&[u32]]) -> Tensor {
     .unwrap();
     let layout = FactorLayout::new(spec, &held, 1);
     let factors = layout.zeros(kind, Device::Cpu).unwrap();
-    let adapters =
-        Adapters { layout: &layout, factors: &factors, lora_rank: 1, scaling: 1.0, dropout: Dropout::off() };
+    let adapters = Adapters {
+        layout: &layout,
+        factors: &factors,
+        ledger: &[],
+        lora_rank: 1,
+        scaling: 1.0,
+        dropout: Dropout::off(),
+    };
     loaded.logits(rows, &adapters, &mut Alone).unwrap()
 }
 

@@ -3,12 +3,15 @@
 use crate::tests::golden_runs::Golden;
 use crate::tests::group::{RunInputs, RunRecord, run};
 use recipe::{
-    BlockCriterion, Compensation, Criterion, Depth, LeastSquares, LoraRite, Optimizer, Recipe, Shape, Shrink,
+    BlockCriterion, Chain, Compensation, Criterion, Depth, LeastSquares, LoraRite, Optimizer, Recipe, Shape,
+    Shrink,
 };
+
+type Change = Box<dyn Fn(&mut Recipe)>;
 
 /// By name, what it changes in a recipe that prunes in f64 with dropout, and what of it may differ: relative in losses,
 /// absolute in logits.
-fn methods() -> Vec<(&'static str, Box<dyn Fn(&mut Recipe)>, f64)> {
+fn methods() -> Vec<(&'static str, Change, f64)> {
     let rite = |guard, escaped_mass| {
         move |recipe: &mut Recipe| {
             recipe.optimizer = Optimizer::LoraRite(LoraRite {
@@ -29,7 +32,20 @@ fn methods() -> Vec<(&'static str, Box<dyn Fn(&mut Recipe)>, f64)> {
             pruning.compensation = Compensation::LeastSquares(LeastSquares::default());
         }
     };
+    let flap = |shape| {
+        move |recipe: &mut Recipe| {
+            let pruning = recipe.pruning.as_mut().unwrap();
+            (pruning.criterion, pruning.shape) = (Criterion::Flap, shape);
+        }
+    };
+    let chain = |recipe: &mut Recipe| {
+        recipe.chain = Some(Chain { knots: vec![5, 12], warmup_steps: 2, settle_steps: 1 });
+        recipe.pruning.as_mut().unwrap().compensation = Compensation::LeastSquares(LeastSquares::default());
+    };
     vec![
+        ("Chain of LoRA", Box::new(chain), 1e-10),
+        ("FLAP over all layers", Box::new(flap(Shape::Global)), 1e-10),
+        ("FLAP in each layer", Box::new(flap(Shape::Uniform)), 1e-10),
         ("blocks by magnitude", Box::new(blocks(BlockCriterion::Magnitude, None)), 1e-10),
         ("blocks by Taylor, and widths", Box::new(blocks(BlockCriterion::Taylor, Some(1))), 1e-10),
         ("blocks by perplexity", Box::new(blocks(BlockCriterion::Perplexity, None)), 1e-10),

@@ -6,7 +6,7 @@ use crate::tests::group::{fixtures, spec_of};
 use engine::{EngineError, Progress, ProjectionScores, Rendezvous, Restore, ShardEngine, ShardSetup};
 use pruning::{KeepMask, LayerKeep};
 use recipe::{
-    Batch, Compensation, Compute, Criterion, Distillation, LeastSquares, Lora, LoraRite, Optimizer,
+    Batch, Chain, Compensation, Compute, Criterion, Distillation, LeastSquares, Lora, LoraRite, Optimizer,
     Precision, Pruning, Recipe, Recompute, Shrink, Storage,
 };
 use std::path::{Path, PathBuf};
@@ -263,7 +263,9 @@ fn double_precision_is_resumed_with_the_same_bits() {
 
 #[test]
 fn every_criterion_is_resumed_with_the_same_bits() {
-    for criterion in [Criterion::Taylor, Criterion::Wanda, Criterion::Tangent, Criterion::Random] {
+    for criterion in
+        [Criterion::Taylor, Criterion::Wanda, Criterion::Tangent, Criterion::Flap, Criterion::Random]
+    {
         check(&format!("{criterion:?}"), 2, &with_pruning(|pruning| pruning.criterion = criterion));
     }
 }
@@ -281,6 +283,20 @@ fn every_optimizer_is_resumed_with_the_same_bits() {
     let mut recipe = recipe(|recipe| recipe.precision = F64);
     recipe.optimizer = Optimizer::LoraRite(LoraRite::default());
     check_other_degrees("LoRA-RITE", &recipe);
+}
+
+#[test]
+fn a_chain_is_resumed_with_the_same_bits_before_between_and_at_knots() {
+    for knots in [vec![2], vec![KILLED_AT - 1], vec![KILLED_AT], vec![1, KILLED_AT + 1]] {
+        for (degree, shrink) in [(1, Shrink::Never), (2, Shrink::Live)] {
+            let mut recipe = with_pruning(|pruning| pruning.shrink = shrink);
+            recipe.chain = Some(Chain { knots: knots.clone(), warmup_steps: 1, settle_steps: 0 });
+            check(&format!("knots {knots:?} {shrink:?}"), degree, &recipe);
+        }
+    }
+    let mut recipe = recipe(|recipe| recipe.precision = F64);
+    recipe.chain = Some(Chain { knots: vec![2], warmup_steps: 0, settle_steps: 0 });
+    check_other_degrees("chain", &recipe);
 }
 
 #[test]

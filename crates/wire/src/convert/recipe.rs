@@ -4,10 +4,10 @@ use super::{below, bounded_list, count_field, enum_field};
 use crate::fields::{InvalidFields, Violations};
 use crate::{limits, pb};
 use recipe::{
-    AdamW, Batch, BlockCriterion, Budget, Compensation, CompensationTarget, Compute, Criterion, Decay, Depth,
-    Distillation, FieldViolation, HeadGrouping, LearningRate, LeastSquares, Lora, LoraPruneForm, LoraRite,
-    Optimizer, Precision, Protection, Pruning, Ramp, RampShape, Recipe, Recompute, Recovery, Shape, Shrink,
-    Storage,
+    AdamW, Batch, BlockCriterion, Budget, Chain, Compensation, CompensationTarget, Compute, Criterion, Decay,
+    Depth, Distillation, FieldViolation, HeadGrouping, LearningRate, LeastSquares, Lora, LoraPruneForm,
+    LoraRite, Optimizer, Precision, Protection, Pruning, Ramp, RampShape, Recipe, Recompute, Recovery, Shape,
+    Shrink, Storage,
 };
 
 /// A recipe that has passed every check that needs no model, defaults filled in.
@@ -34,6 +34,7 @@ pub fn from_pb(message: Option<pb::Recipe>, path: &str, found: &mut Violations) 
         steps: steps.min(limits::MAX_STEPS),
         batch: batch(message.batch.unwrap_or_default(), &at("batch"), found),
         lora: lora(message.lora.unwrap_or_default()),
+        chain: message.chain.and_then(|message| chain(message, &at("chain"), found)),
         optimizer: optimizer(message.optimizer.unwrap_or_default()),
         learning_rate: learning_rate(message.learning_rate.unwrap_or_default(), &at("learning_rate"), found),
         max_grad_norm: match message.max_grad_norm {
@@ -114,6 +115,15 @@ fn lora(message: pb::Lora) -> Lora {
         alpha: message.alpha.unwrap_or(default.alpha),
         dropout: message.dropout.unwrap_or(default.dropout),
     }
+}
+
+fn chain(message: pb::Chain, path: &str, found: &mut Violations) -> Option<Chain> {
+    let pb::Chain { knots, warmup_steps, settle_steps } = message;
+    bounded_list(knots.len(), &below(path, "knots"), found).then_some(Chain {
+        knots,
+        warmup_steps,
+        settle_steps,
+    })
 }
 
 fn optimizer(message: pb::Optimizer) -> Optimizer {
@@ -212,10 +222,11 @@ fn pruning(message: pb::Pruning, path: &str, found: &mut Violations) -> Pruning 
                 pb::Criterion::Random => Some(Criterion::Random),
                 pb::Criterion::Wanda => Some(Criterion::Wanda),
                 pb::Criterion::Tangent => Some(Criterion::Tangent),
+                pb::Criterion::Flap => Some(Criterion::Flap),
             },
             &at("criterion"),
             "CRITERION_LORAPRUNE_CODE, CRITERION_LORAPRUNE_PAPER, CRITERION_TAYLOR, CRITERION_MAGNITUDE, \
-             CRITERION_RANDOM, CRITERION_WANDA or CRITERION_TANGENT",
+             CRITERION_RANDOM, CRITERION_WANDA, CRITERION_TANGENT or CRITERION_FLAP",
             found,
         ),
         moving_average_decay: message.moving_average_decay.unwrap_or(default.moving_average_decay),
@@ -417,6 +428,11 @@ pub fn to_pb(recipe: &Recipe) -> pb::Recipe {
             alpha: Some(recipe.lora.alpha),
             dropout: Some(recipe.lora.dropout),
         }),
+        chain: recipe.chain.as_ref().map(|chain| pb::Chain {
+            knots: chain.knots.clone(),
+            warmup_steps: chain.warmup_steps,
+            settle_steps: chain.settle_steps,
+        }),
         optimizer: Some(pb::Optimizer {
             kind: Some(match recipe.optimizer {
                 Optimizer::AdamW(adamw) => pb::optimizer::Kind::Adamw(pb::AdamW {
@@ -502,6 +518,7 @@ fn pruning_to_pb(pruning: &Pruning) -> pb::Pruning {
         Criterion::Random => pb::Criterion::Random,
         Criterion::Wanda => pb::Criterion::Wanda,
         Criterion::Tangent => pb::Criterion::Tangent,
+        Criterion::Flap => pb::Criterion::Flap,
     };
     let shape = match pruning.shape {
         Shape::Uniform => pb::Shape::Uniform,

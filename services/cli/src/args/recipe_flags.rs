@@ -1,8 +1,8 @@
 use clap::{Args, ValueEnum};
 use recipe::{
-    AdamW, BlockCriterion, Budget, Compensation, CompensationTarget, Compute, Criterion, Depth, Distillation,
-    HeadGrouping, LeastSquares, LoraPruneForm, LoraRite, Optimizer, Protection, Pruning, RampShape, Recipe,
-    Recompute, Recovery, Shape, Shrink, Storage,
+    AdamW, BlockCriterion, Budget, Chain, Compensation, CompensationTarget, Compute, Criterion, Depth,
+    Distillation, HeadGrouping, LeastSquares, LoraPruneForm, LoraRite, Optimizer, Protection, Pruning,
+    RampShape, Recipe, Recompute, Recovery, Shape, Shrink, Storage,
 };
 
 /// Flags that override a recipe, each named as the field that it sets.
@@ -113,6 +113,9 @@ pub(crate) struct RecipeFlags {
     /// LoRA's product is scaled by alpha / rank [default: 16]
     #[arg(long, value_name = "ALPHA", allow_negative_numbers = true, help_heading = "Training")]
     pub lora_alpha: Option<f64>,
+    /// Steps before which the adapter is frozen and a fresh one begun, such as 100,200 [default: one adapter]
+    #[arg(long, value_name = "STEP,…", value_delimiter = ',', help_heading = "Training")]
+    pub knots: Option<Vec<u64>>,
     /// Dropout of the low-rank path's input, in [0, 1) [default: 0.05]
     #[arg(long, value_name = "CHANCE", allow_negative_numbers = true, help_heading = "Training")]
     pub dropout: Option<f64>,
@@ -148,6 +151,8 @@ pub(crate) enum CriterionName {
     Wanda,
     /// LoRA-guided, by the gradient's part in the tangent space of the product
     Tangent,
+    /// How much the inputs of o and down vary, standardised in each layer
+    Flap,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -266,6 +271,9 @@ impl RecipeFlags {
         set(&mut recipe.lora.rank, self.lora_rank);
         set(&mut recipe.lora.alpha, self.lora_alpha);
         set(&mut recipe.lora.dropout, self.dropout);
+        if let Some(knots) = &self.knots {
+            recipe.chain.get_or_insert_with(Chain::default).knots.clone_from(knots);
+        }
         set(&mut recipe.learning_rate.peak, self.learning_rate);
         if let Some(name) = self.optimizer {
             name.apply(&mut recipe.optimizer);
@@ -372,6 +380,7 @@ impl CriterionName {
             Self::Random => Criterion::Random,
             Self::Wanda => Criterion::Wanda,
             Self::Tangent => Criterion::Tangent,
+            Self::Flap => Criterion::Flap,
         }
     }
 }
