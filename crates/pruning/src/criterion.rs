@@ -9,7 +9,7 @@
 
 mod lora_guided;
 mod magnitude;
-mod random;
+pub(crate) mod random;
 mod taylor;
 mod wanda;
 
@@ -50,7 +50,7 @@ pub struct WeightSums {
 
 /// A slice is not as long as its dimensions say.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("`{what}` holds {actual} numbers; its shape {shape:?} needs {}", shape[0] * shape[1])]
+#[error("`{what}` holds {actual} numbers; its shape {shape:?} needs {}", shape[0].saturating_mul(shape[1]))]
 pub struct ShapeMismatch {
     pub what: &'static str,
     pub shape: [usize; 2],

@@ -79,3 +79,8 @@ pub(crate) fn importances(
     }
     layers
 }
+
+/// Pseudo-random numbers in `(-1, 1)`.
+pub(crate) fn numbers(seed: u64, count: usize) -> Vec<f64> {
+    (0..count).map(|unit| 2.0 * random_importance(seed, 0, Block::Mlp, unit) - 1.0).collect()
+}

@@ -5,15 +5,29 @@ use model_spec::Block;
 /// Four rounds of the splitmix64 finaliser (Steele, Lea, Flood 2014), one per argument.
 #[must_use]
 pub fn random_importance(seed: u64, layer: usize, block: Block, unit: usize) -> f64 {
-    let block = match block {
+    unit_interval(keyed(seed, [layer as u64, block_key(block), unit as u64]))
+}
+
+/// A block as a part of a key.
+pub(crate) fn block_key(block: Block) -> u64 {
+    match block {
         Block::Attention => 0,
         Block::Mlp => 1,
-    };
-    let mut state = splitmix64(seed);
-    for part in [layer as u64, block, unit as u64] {
-        state = splitmix64(state ^ part);
     }
-    // The top 52 bits and a half: strictly between 0 and 1.
+}
+
+/// Rounds of the finaliser, one for the seed and one for each part: a random number that a counter names.
+pub(crate) fn keyed<const N: usize>(seed: u64, parts: [u64; N]) -> u64 {
+    parts.into_iter().fold(splitmix64(seed), and_then)
+}
+
+/// One more part of the key.
+pub(crate) fn and_then(state: u64, part: u64) -> u64 {
+    splitmix64(state ^ part)
+}
+
+/// The top 52 bits and a half: strictly between 0 and 1.
+pub(crate) fn unit_interval(state: u64) -> f64 {
     ((state >> 12) as f64 + 0.5) / (1u64 << 52) as f64
 }
 
