@@ -75,7 +75,7 @@ gpu-check: build ## pack out/gpu-check.tar.gz, which checks and measures on a ma
 	@$(PYTHON) scripts/gpu_check/pack.py
 
 .PHONY: test
-test: test-rust test-deploy ## run all tests but the ones against transformers
+test: test-rust test-service ## run all tests but those of test-deploy and test-interop
 
 .PHONY: test-rust
 test-rust: setup s3-server ## run the Rust tests, on real processes where they need them
@@ -101,10 +101,16 @@ soak-faults: setup s3-server ## break real processes at the points that FAULT_SE
 	$(BUILD_TESTS)
 	FAULT_SEEDS=$(FAULT_SEEDS) $(CARGO) test --workspace --locked --test fault_suite -- --nocapture
 
-.PHONY: test-deploy
-test-deploy: setup $(DEPLOY_VENV)/.installed $(COLLECTOR)/.installed $(AIRFLOW)/.installed $(CHECKOV)/.installed ## check chart, images, compose file, scripts, schemas and the table of quality
+.PHONY: test-service
+test-service: setup $(DEPLOY_VENV)/.installed $(AIRFLOW)/.installed $(CHECKOV)/.installed ## check chart, clients, compose file, scripts, schemas and the table of quality
 	$(BUILD_TESTS)
-	$(DEPLOY_VENV)/bin/python -m pytest tests/deploy
+	$(DEPLOY_VENV)/bin/python -m pytest tests/deploy -m "not host"
+
+.PHONY: test-deploy
+test-deploy: setup $(DEPLOY_VENV)/.installed $(COLLECTOR)/.installed ## build the images and run them, cut hosts off, scrape by a Prometheus (needs root and Debian's packages)
+	@scripts/check_tools.sh --deploy
+	$(BUILD_TESTS)
+	$(DEPLOY_VENV)/bin/python -m pytest tests/deploy -m host
 
 .PHONY: test-interop
 test-interop: setup $(INTEROP_VENV)/.installed $(BENCH_PACKAGES)/.installed $(COLLECTOR)/.installed ## load exported models in transformers, run the benches in small (installs torch, 3 GB, once)

@@ -2,7 +2,9 @@
 # Says which tools are missing before a build finds out half-way, all at once, with the way to get them.
 #   scripts/check_tools.sh            for the build and the demo
 #   scripts/check_tools.sh --tests    for the tests as well
+#   scripts/check_tools.sh --deploy   for the tests that start containers and networks
 set -u
+for_what=${1-}
 
 missing=
 lack() { missing="$missing  $1
@@ -30,25 +32,30 @@ done
 
 python3=${PYTHON:-python3}
 wanted_python=3.9
-[ "${1-}" = --tests ] && wanted_python=3.11
+[ -n "$for_what" ] && wanted_python=3.11
 python=$("$python3" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || python=
 if [ -z "$python" ]; then
   lack "python3 $wanted_python or newer (found none): apt-get install python3 python3-pip python3-venv"
 else
   at_least "$python" "$wanted_python" || lack "python3 $wanted_python or newer (found $python)"
   "$python3" -c 'import pip' 2>/dev/null || lack "pip for python3: apt-get install python3-pip"
-  if [ "${1-}" = --tests ]; then
+  if [ -n "$for_what" ]; then
     "$python3" -c 'import venv, ensurepip' 2>/dev/null || lack "venv for python3: apt-get install python3-venv"
   fi
 fi
 
 # Where Debian puts the server, which is not on the path.
-if [ "${1-}" = --tests ]; then
+if [ "$for_what" = --tests ]; then
   set -- /usr/lib/postgresql/*/bin/postgres
   [ -x "$1" ] || lack "PostgreSQL's server, for the tests of the run store: apt-get install postgresql"
+fi
+
+if [ "$for_what" = --deploy ]; then
+  [ "$(id -u)" = 0 ] || lack "root, for network namespaces and containers: sudo make test-deploy"
   for tool in prometheus promtool; do
     command -v "$tool" >/dev/null || lack "$tool, for the tests of the metrics: apt-get install prometheus"
   done
+  command -v ip >/dev/null || lack "ip, for the tests of hosts that are cut off: apt-get install iproute2"
   for tool in buildah podman runc debootstrap; do
     command -v "$tool" >/dev/null ||
       lack "$tool, for the tests of the images: apt-get install buildah podman runc debootstrap catatonit netavark aardvark-dns iptables"

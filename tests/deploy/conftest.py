@@ -17,7 +17,7 @@ sys.path.insert(0, str(REPOSITORY / "scripts"))
 def tool(name):
     """A tool of this environment, never one that happens to be on the machine."""
     path = Path(sys.executable).parent / name
-    assert path.is_file(), f"{path} is missing; `make test-deploy` makes the environment"
+    assert path.is_file(), f"{path} is missing; `make test-service` makes the environment"
     return str(path)
 
 

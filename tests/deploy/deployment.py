@@ -76,7 +76,7 @@ class Deployment:
 
     def spawn(self, name, *arguments):
         binary = REPOSITORY / "target" / "debug" / name
-        assert binary.is_file(), f"{binary} is missing; `make test-deploy` builds it"
+        assert binary.is_file(), f"{binary} is missing; `make test-service` builds it"
         security = []
         if self.secure:
             for flag, file in (("tls-cert", f"{name}.crt"), ("tls-key", f"{name}.key"), ("tls-ca", "ca.crt"), ("tls-client-ca", "ca.crt")):

@@ -34,7 +34,7 @@ class Containers:
 
     def __init__(self):
         for name in ("buildah", "podman", "debootstrap", "runc"):
-            assert shutil.which(name), f"{name} is missing: scripts/check_tools.sh --tests says how to get it"
+            assert shutil.which(name), f"{name} is missing: scripts/check_tools.sh --deploy says how to get it"
         assert os.geteuid() == 0, "images are built as root"
         CACHE.mkdir(parents=True, exist_ok=True)
         self.run_root = Path(tempfile.mkdtemp(prefix="espalier-containers-"))

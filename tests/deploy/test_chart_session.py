@@ -80,7 +80,7 @@ class Installation:
         arguments = self.arguments(spec, replaced)
         environment = {each["name"]: each.get("value", pod) for each in container["env"] if not each["name"].startswith("NCCL_")}
         binary = REPOSITORY / "target" / "debug" / container["name"]
-        assert binary.is_file(), f"{binary} is missing; `make test-deploy` builds it"
+        assert binary.is_file(), f"{binary} is missing; `make test-service` builds it"
         with (self.folder / f"{pod}.log").open("w") as log:
             process = subprocess.Popen([binary, *arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
         self.processes.append((pod, process))

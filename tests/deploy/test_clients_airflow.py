@@ -17,7 +17,7 @@ RUN_AT = "2026-01-02T03:04:05+00:00"
 
 class Airflow:
     def __init__(self, deployment, package, home):
-        assert (AIRFLOW / "airflow").is_file(), "Airflow is not there: make test-deploy lays it out"
+        assert (AIRFLOW / "airflow").is_file(), "Airflow is not there: make test-service lays it out"
         self.deployment = deployment
         host, port = deployment.address.split(":")
         connection = {

@@ -11,11 +11,11 @@ from conftest import REPOSITORY, run
 
 @pytest.fixture(scope="module")
 def help_of():
-    """What `--help` of a binary says; `make test-deploy` builds them first."""
+    """What `--help` of a binary says; `make test-service` builds them first."""
 
     def text(name, *command):
         binary = REPOSITORY / "target" / "debug" / name
-        assert binary.is_file(), f"{binary} is missing; `make test-deploy` builds it"
+        assert binary.is_file(), f"{binary} is missing; `make test-service` builds it"
         done = run(binary, *command, "--help")
         assert done.returncode == 0, done.stderr
         return done.stdout

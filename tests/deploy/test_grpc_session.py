@@ -74,7 +74,7 @@ class Deployment:
 
     def spawn(self, name, *arguments):
         binary = REPOSITORY / "target" / "debug" / name
-        assert binary.is_file(), f"{binary} is missing; `make test-deploy` builds it"
+        assert binary.is_file(), f"{binary} is missing; `make test-service` builds it"
         command = [str(part) for part in (binary, "--listen", "127.0.0.1:0", "--root", self.root, *arguments)]
         with (self.folder / f"{name}.log").open("w") as log:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)

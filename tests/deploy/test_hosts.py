@@ -14,6 +14,8 @@ import pytest
 import yaml
 from conftest import REPOSITORY, run
 
+pytestmark = pytest.mark.host
+
 FIXTURES = REPOSITORY / "tests" / "fixtures"
 HOSTS = {"c": 1, "w0": 10, "w1": 11, "w2": 12}
 CUT_S = 30

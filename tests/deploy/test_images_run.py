@@ -16,6 +16,8 @@ from conftest import REPOSITORY, run, tool
 from deployment import FIXTURES, package, wait_for  # noqa: F401
 from images import BASE, DOCKER, Containers
 
+pytestmark = pytest.mark.host
+
 NETWORK = "10.89.77.0/24"
 RUN_S = 240
 STEPS = 60

@@ -22,7 +22,7 @@ FILES = sorted((CHART / "values").glob("*.yaml"))
 
 
 def failed(objects, folder):
-    assert CHECKOV.is_file(), "checkov is not there: make test-deploy lays it out"
+    assert CHECKOV.is_file(), "checkov is not there: make test-service lays it out"
     path = folder / "rendered.yaml"
     path.write_text(yaml.safe_dump_all(objects))
     left_out = ("--skip-check", ",".join(LEFT_OUT))

@@ -40,7 +40,7 @@ def plan(tmp_path, model, workers, *more):
     recipe = tmp_path / "run.yaml"
     recipe.write_text(documented_yaml("run.yaml"))
     binary = REPOSITORY / "target" / "debug" / "espalier"
-    assert binary.is_file(), f"{binary} is missing; `make test-deploy` builds it"
+    assert binary.is_file(), f"{binary} is missing; `make test-service` builds it"
     return run(binary, "plan", "--config", config, "--recipe", recipe, "--workers", workers, "--device", "h100", *more)
 
 

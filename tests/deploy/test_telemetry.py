@@ -17,6 +17,8 @@ from conftest import CHART, REPOSITORY, run
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 import dashboards  # noqa: E402
 
+pytestmark = pytest.mark.host
+
 ROTEL = REPOSITORY / ".cache" / "rotel" / "rotel" / "rotel-agent"
 FIXTURES = REPOSITORY / "tests" / "fixtures"
 PATIENCE_S = 180
