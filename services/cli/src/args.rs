@@ -7,9 +7,14 @@ mod remote;
 mod security;
 mod token;
 
-pub(crate) use local::{EvalArgs, ImportArgs, ImportDtype, LogitsArgs, MeasureArgs, PruneArgs, ReportArgs};
+pub(crate) use local::{
+    EvalArgs, ImportArgs, ImportDtype, LogitsArgs, MeasureArgs, MethodsArgs, PruneArgs, ReportArgs,
+};
 pub(crate) use plan::{DeviceArgs, PlanArgs};
-pub(crate) use recipe_flags::RecipeFlags;
+pub(crate) use recipe_flags::{
+    CompensationName, CriterionName, DepthName, HeadGroupingName, OptimizerName, RampShapeName, RecipeFlags,
+    ShapeName, StorageName,
+};
 pub(crate) use remote::{
     CancelArgs, CreateArgs, DownloadArgs, DrainArgs, EvaluateArgs, ExportArgs, ForkArgs, ListArgs, MaskArgs,
     RemoteArgs, RunIdArgs, WatchArgs, WhatIfArgs, WorkersArgs,
@@ -47,6 +52,8 @@ pub(crate) enum Command {
     /// result cannot be exported. Memory on a CPU is held against measured runs; times are computed from the rates given and
     /// measured nowhere (docs/planning.md).
     Plan(Box<PlanArgs>),
+    /// List the methods that a recipe can choose: source, what each costs, and what it does not go with
+    Methods(MethodsArgs),
     /// Measure a model's perplexity on a text and its answers to multiple-choice tasks, on this machine
     ///
     /// Perplexity by the published protocol: one stream of tokens, windows that do not overlap, each window alone,

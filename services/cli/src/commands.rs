@@ -5,6 +5,7 @@ mod eval;
 mod import;
 mod importance;
 mod logits;
+pub(crate) mod methods;
 mod plan;
 mod prune;
 mod remote;
@@ -20,6 +21,7 @@ pub(crate) async fn run(command: Command) -> Result<(), Failure> {
     match command {
         Command::Prune(args) => prune::run(*args).await,
         Command::Plan(args) => plan::run(&args),
+        Command::Methods(args) => methods::run(&args),
         Command::Eval(args) => eval::run(args).await,
         Command::Import(args) => import::run(&args),
         Command::Logits(args) => logits::run(&args).await,

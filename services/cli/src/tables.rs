@@ -1,10 +1,14 @@
 //! Tables for people.
 
+use crate::commands::methods::{Costs, Method};
 use crate::report::{History, summary};
 use crate::units;
-use comfy_table::{CellAlignment, Table, presets};
+use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use std::time::{Duration, SystemTime};
 use wire::pb;
+
+/// Columns of the list of methods where there is no terminal.
+const METHODS_WIDTH: u16 = 180;
 
 /// A table whose first column is words and whose others are numbers.
 fn table(header: &[&str]) -> Table {
@@ -22,6 +26,22 @@ fn align_right(table: &mut Table, columns: impl IntoIterator<Item = usize>) {
             column.set_cell_alignment(CellAlignment::Right);
         }
     }
+}
+
+/// What recipes choose from.
+#[must_use]
+pub(crate) fn methods(methods: &[Method]) -> String {
+    let mut table = table(&["choice", "what it is", "source", "memory", "communication", "time", "not with"]);
+    table.set_content_arrangement(ContentArrangement::Dynamic);
+    if table.width().is_none() {
+        table.set_width(METHODS_WIDTH);
+    }
+    for Method { flag, name, about, costs } in methods {
+        let Costs { source, memory, communication, time, not_with } = costs;
+        let choice = format!("{flag} {name}");
+        table.add_row([&choice, about, *source, *memory, *communication, *time, &not_with.join(", ")]);
+    }
+    table.to_string()
 }
 
 /// A state in the words of people.

@@ -214,3 +214,10 @@ pub(crate) struct ReportArgs {
     #[arg(long, value_name = "FILE")]
     pub svg: Option<PathBuf>,
 }
+
+#[derive(Debug, Args)]
+pub(crate) struct MethodsArgs {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
