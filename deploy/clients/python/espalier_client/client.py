@@ -124,19 +124,24 @@ class Client:
         """
         seen, ended, away = after_revision, False, _Away(self._patience)
         while not ended:
+            opened: float | None = None
             stream = self.stub.WatchRun(pb.WatchRunRequest(id=run_id, after_revision=seen), timeout=STREAM_S)
             try:
                 stream.initial_metadata()
-                if stream.is_active():
-                    away.over()
+                opened = time.monotonic() if stream.is_active() else None
                 for message in stream:
+                    away.over()
                     seen = message.event.revision
                     yield message.event
                 # A coordinator that stops ends its streams as well.
                 run = self.stub.GetRun(pb.GetRunRequest(id=run_id), timeout=self._timeout).run
                 ended = run.state in ENDED and seen >= run.revision
+                away.over()
                 time.sleep(0 if ended else 0.2)
             except grpc.RpcError as error:
+                # A run that waits for workers has no events; a stream that breaks as soon as it is open is no sign of life.
+                if opened is not None and time.monotonic() - opened > LONGEST_PAUSE_S:
+                    away.over()
                 away.again(error)
             finally:
                 stream.cancel()
@@ -153,13 +158,13 @@ class Client:
     def evaluate(self, run_id: str, evaluation: data_pb2.EvaluationSpec) -> list[data_pb2.Evaluation]:
         """Measures the exported model of a run on a text: a perplexity for each window length asked for."""
         request = pb.EvaluateRunRequest(id=run_id, evaluation=evaluation)
-        answer = self._call(self.stub.EvaluateRun, request, LONG_CALL_S)
+        answer = self._long_call(self.stub.EvaluateRun, request)
         return [answer.evaluation, *answer.more_evaluations]
 
     def export(self, run_id: str, spec: pb.ExportSpec) -> pb.ExportResult:
         """Writes the pruned model of a run that has SUCCEEDED."""
         request = pb.ExportRunRequest(id=run_id, export=spec)
-        result: pb.ExportResult = self._call(self.stub.ExportRun, request, LONG_CALL_S).export_result
+        result: pb.ExportResult = self._long_call(self.stub.ExportRun, request).export_result
         return result
 
     def artifacts(self, run_id: str) -> list[pb.Artifact]:
@@ -177,6 +182,8 @@ class Client:
 
     def _download(self, run_id: str, artifact: pb.Artifact, path: pathlib.Path) -> pathlib.Path:
         part, away = path.with_name(path.name + ".part"), _Away(self._patience)
+        if part.exists() and part.stat().st_size > artifact.size_bytes:
+            part.unlink()
         while True:
             offset = part.stat().st_size if part.exists() else 0
             request = pb.DownloadArtifactRequest(id=run_id, name=artifact.name, offset=offset)
@@ -201,6 +208,11 @@ class Client:
             return method(request, timeout=timeout or self._timeout)
         except grpc.RpcError as error:
             raise EspalierError(self._out_of_reach(error)) from error
+
+    def _long_call(self, method: Any, request: Any) -> Any:
+        """A call that may take hours, which a coordinator out of reach must not."""
+        self.get(request.id)
+        return self._call(method, request, LONG_CALL_S)
 
     def _out_of_reach(self, error: grpc.RpcError) -> grpc.RpcError:
         """Why a call that has waited for a connection got none, such as a certificate that is refused."""
