@@ -15,7 +15,10 @@ from espalier.v1 import run_service_pb2 as pb
 from espalier_client import Client, EspalierError, RunFailed, Tls
 
 # What another try would meet again.
-LASTING = ("INVALID_ARGUMENT", "NOT_FOUND", "PERMISSION_DENIED", "UNAUTHENTICATED", "FAILED_PRECONDITION")
+LASTING = (
+    *("INVALID_ARGUMENT", "NOT_FOUND", "ALREADY_EXISTS", "PERMISSION_DENIED", "UNAUTHENTICATED"),
+    *("FAILED_PRECONDITION", "OUT_OF_RANGE", "UNIMPLEMENTED", "DATA_LOSS"),
+)
 RETRIES = {"retries": 5, "retry_delay": datetime.timedelta(seconds=10), "retry_exponential_backoff": True}
 
 

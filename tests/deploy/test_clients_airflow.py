@@ -53,10 +53,19 @@ class Airflow:
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
         return done.stdout
 
-    def run(self, run_at=RUN_AT, **params):
+    def run(self, run_at=RUN_AT, lost=(), **params):
         params = {"model": str(MODEL), "data": str(TEXT), "held_out": str(HELD_OUT), "workers": 1, "steps": 20} | params
-        said = self.call(AIRFLOW / "python", RUN_DAG, DAG, json.dumps(params), run_at)
+        said = self.call(AIRFLOW / "python", RUN_DAG, DAG, json.dumps(params), run_at, *lost)
         return json.loads(said.splitlines()[-1])
+
+    def runs(self):
+        """How many runs there are."""
+        from espalier.v1 import run_service_pb2 as pb
+        from espalier_client import Client, Tls
+
+        deployment = self.deployment
+        with Client(deployment.address, tls=Tls(ca=deployment.ca), token=deployment.tokens["read"]) as client:
+            return len(client.stub.ListRuns(pb.ListRunsRequest()).runs)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +85,16 @@ def test_airflow_prunes_measures_and_exports_and_a_run_that_is_made_again_is_the
     again = airflow.run(out=str(out))
     assert again["returned"]["create"] == first["returned"]["create"], again
     assert again["tasks"]["evaluate"] == "success"
+    assert airflow.runs() == 1
+
+
+def test_airflow_tries_a_task_again_and_makes_no_second_run(airflow):
+    before = airflow.runs()
+    out = airflow.deployment.folder / "tried-again"
+    done = airflow.run(run_at="2026-01-05T03:04:05+00:00", lost=("create", "evaluate"), out=str(out))
+    assert done["state"] == "success", done
+    assert done["tries"] == {"create": 2, "wait": 1, "evaluate": 2, "export": 1}
+    assert airflow.runs() == before + 1
 
 
 def test_airflow_does_not_export_what_is_not_good_enough_nor_try_again_what_stays_wrong(airflow):
@@ -85,3 +104,7 @@ def test_airflow_does_not_export_what_is_not_good_enough_nor_try_again_what_stay
     assert not (folder / "bad-bf16").exists()
     wrong = airflow.run(run_at="2026-01-04T03:04:05+00:00", out=str(folder / "wrong"), model="/etc/no-model")
     assert wrong["tasks"]["create"] == "failed", wrong
+    # Other params under a name that has a run.
+    other = airflow.run(run_at="2026-01-03T03:04:05+00:00", out=str(folder / "other"), steps=30)
+    assert (other["tasks"]["create"], other["tries"]["create"]) == ("failed", 1), other
+    assert wrong["tries"]["create"] == 1
