@@ -1,5 +1,5 @@
-"""Clients that share no code with the service, in plain text and with TLS and tokens: grpcurl and k6 on grpc-go, `buf curl` on
-connect-go, grpc-js on Node, gRPC's C core behind Envoy."""
+"""Clients that share no code with the service, in plain text, with TLS and tokens, and behind Envoy: grpcurl and k6 on grpc-go,
+`buf curl` on connect-go, grpc-js on Node, gRPC's C core."""
 
 import json
 import os
@@ -19,10 +19,120 @@ NODE_MODULES = REPOSITORY / ".cache" / "node-client"
 RUNS = "espalier.v1.RunService"
 
 
-@pytest.fixture(scope="module", params=["plain", "tls"])
+class Envoy:
+    """A proxy in front of the coordinator that asks after its health by gRPC."""
+
+    secure, tokens = False, {}
+
+    def __init__(self, folder, upstream):
+        self.port, self.admin = free_port(), free_port()
+        self.address = f"127.0.0.1:{self.port}"
+        self.url = f"http://{self.address}"
+        host, port = upstream.rsplit(":", 1)
+
+        def at(address, port):
+            return {"socket_address": {"address": address, "port_value": int(port)}}
+
+        http2 = {
+            "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
+                "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
+                "explicit_http_config": {"http2_protocol_options": {}},
+            }
+        }
+        manager = {
+            "@type": "type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
+            "stat_prefix": "espalier",
+            "codec_type": "HTTP2",
+            # Streams last as long as runs.
+            "stream_idle_timeout": "0s",
+            "route_config": {
+                "virtual_hosts": [
+                    {
+                        "name": "all",
+                        "domains": ["*"],
+                        "routes": [{"match": {"prefix": "/"}, "route": {"cluster": "coordinator", "timeout": "0s"}}],
+                    }
+                ]
+            },
+            "http_filters": [
+                {
+                    "name": "envoy.filters.http.router",
+                    "typed_config": {"@type": "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router"},
+                }
+            ],
+        }
+        cluster = {
+            "name": "coordinator",
+            "type": "STATIC",
+            "connect_timeout": "1s",
+            "typed_extension_protocol_options": http2,
+            "health_checks": [
+                {
+                    "timeout": "1s",
+                    "interval": "0.5s",
+                    "no_traffic_interval": "0.5s",
+                    "no_traffic_healthy_interval": "0.5s",
+                    "unhealthy_threshold": 2,
+                    "healthy_threshold": 1,
+                    "grpc_health_check": {"service_name": "espalier.v1.RunService"},
+                }
+            ],
+            "load_assignment": {
+                "cluster_name": "coordinator",
+                "endpoints": [{"lb_endpoints": [{"endpoint": {"address": at(host, port)}}]}],
+            },
+        }
+        listener = {
+            "name": "front",
+            "address": at("127.0.0.1", self.port),
+            "filter_chains": [{"filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]}],
+        }
+        config = {
+            "admin": {"address": at("127.0.0.1", self.admin)},
+            "static_resources": {"listeners": [listener], "clusters": [cluster]},
+        }
+        path = folder / "envoy.yaml"
+        path.write_text(yaml.safe_dump(config))
+        with (folder / "envoy.log").open("w") as log:
+            self.process = subprocess.Popen(
+                [tool("envoy"), "-c", str(path), "--concurrency", "1", "--disable-hot-restart"],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+
+    def health(self):
+        """What Envoy thinks of the coordinator: HEALTHY, or why not."""
+        address = f"http://127.0.0.1:{self.admin}/clusters?format=json"
+        with urllib.request.urlopen(address, timeout=CALL_S) as answer:
+            (cluster,) = json.load(answer)["cluster_statuses"]
+        (host,) = cluster["host_statuses"]
+        status = host["health_status"]
+        return "UNHEALTHY" if status.get("failed_active_health_check") else status.get("eds_health_status", "HEALTHY")
+
+    def stop(self):
+        self.process.terminate()
+        self.process.wait(CALL_S)
+
+
+@pytest.fixture(scope="module")
+def proxied(deployment, tmp_path_factory):
+    """The coordinator in plain text, as it is seen through Envoy."""
+    envoy = Envoy(tmp_path_factory.mktemp("envoy"), deployment.address)
+    try:
+        wait_for(lambda: envoy.health() == "HEALTHY", "a healthy coordinator")
+        yield envoy
+    finally:
+        envoy.stop()
+
+
+SERVICES = {"plain": "deployment", "tls": "secure_deployment", "envoy": "proxied"}
+
+
+@pytest.fixture(scope="module", params=SERVICES)
 def service(request, package):
-    """A coordinator with a worker, and one more that has TLS and asks for tokens."""
-    return request.getfixturevalue("secure_deployment" if request.param == "tls" else "deployment")
+    """A coordinator with a worker, one that has TLS and asks for tokens, and the first behind a proxy."""
+    return request.getfixturevalue(SERVICES[request.param])
 
 
 def client_of(service):
@@ -146,130 +256,24 @@ def test_node_creates_and_follows_a_run(service, node):
     assert seen["missing"]["code"] == 5 and seen["missing"]["has_details"] == 1, seen["missing"]
 
 
-class Envoy:
-    """A proxy in front of the coordinator that asks after its health by gRPC."""
-
-    def __init__(self, folder, upstream):
-        self.port, self.admin = free_port(), free_port()
-        host, port = upstream.rsplit(":", 1)
-
-        def at(address, port):
-            return {"socket_address": {"address": address, "port_value": int(port)}}
-
-        http2 = {
-            "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
-                "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
-                "explicit_http_config": {"http2_protocol_options": {}},
-            }
-        }
-        manager = {
-            "@type": "type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
-            "stat_prefix": "espalier",
-            "codec_type": "HTTP2",
-            # Streams last as long as runs.
-            "stream_idle_timeout": "0s",
-            "route_config": {
-                "virtual_hosts": [
-                    {
-                        "name": "all",
-                        "domains": ["*"],
-                        "routes": [{"match": {"prefix": "/"}, "route": {"cluster": "coordinator", "timeout": "0s"}}],
-                    }
-                ]
-            },
-            "http_filters": [
-                {
-                    "name": "envoy.filters.http.router",
-                    "typed_config": {"@type": "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router"},
-                }
-            ],
-        }
-        cluster = {
-            "name": "coordinator",
-            "type": "STATIC",
-            "connect_timeout": "1s",
-            "typed_extension_protocol_options": http2,
-            "health_checks": [
-                {
-                    "timeout": "1s",
-                    "interval": "0.5s",
-                    "no_traffic_interval": "0.5s",
-                    "no_traffic_healthy_interval": "0.5s",
-                    "unhealthy_threshold": 2,
-                    "healthy_threshold": 1,
-                    "grpc_health_check": {"service_name": "espalier.v1.RunService"},
-                }
-            ],
-            "load_assignment": {
-                "cluster_name": "coordinator",
-                "endpoints": [{"lb_endpoints": [{"endpoint": {"address": at(host, port)}}]}],
-            },
-        }
-        listener = {
-            "name": "front",
-            "address": at("127.0.0.1", self.port),
-            "filter_chains": [{"filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]}],
-        }
-        config = {
-            "admin": {"address": at("127.0.0.1", self.admin)},
-            "static_resources": {"listeners": [listener], "clusters": [cluster]},
-        }
-        path = folder / "envoy.yaml"
-        path.write_text(yaml.safe_dump(config))
-        with (folder / "envoy.log").open("w") as log:
-            self.process = subprocess.Popen(
-                [tool("envoy"), "-c", str(path), "--concurrency", "1", "--disable-hot-restart"],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
-
-    def health(self):
-        """What Envoy thinks of the coordinator: HEALTHY, or why not."""
-        address = f"http://127.0.0.1:{self.admin}/clusters?format=json"
-        with urllib.request.urlopen(address, timeout=CALL_S) as answer:
-            (cluster,) = json.load(answer)["cluster_statuses"]
-        (host,) = cluster["host_statuses"]
-        status = host["health_status"]
-        return "UNHEALTHY" if status.get("failed_active_health_check") else status.get("eds_health_status", "HEALTHY")
-
-    def stop(self):
-        self.process.terminate()
-        self.process.wait(CALL_S)
-
-
-def test_behind_envoy_calls_and_streams_pass_and_its_health_check_sees_the_coordinator_go(package, deployment, tmp_path):
+def test_behind_envoy_a_run_is_followed_while_it_works_and_its_health_check_sees_the_coordinator_go(package, deployment, proxied):
     from espalier_client import Client
 
-    envoy = Envoy(tmp_path, deployment.address)
-    try:
-        wait_for(lambda: envoy.health() == "HEALTHY", "a healthy coordinator")
-        address = f"127.0.0.1:{envoy.port}"
-        with Client(address, timeout=CALL_S) as client:
-            # While it works, not only what is past.
-            run_id = client.create(spec(60)).id
-            revisions, in_mid_run = [], None
-            for event in client.watch(run_id):
-                revisions.append(event.revision)
-                if event.step.step == 5:
-                    in_mid_run = client.get(run_id).revision
-            assert in_mid_run < revisions[-1], "events came while the run went on"
-            assert revisions == list(range(1, client.get(run_id).revision + 1))
-        for command in (
-            (tool("grpcurl"), "-plaintext", "-d", json.dumps({"id": run_id}), address, f"{RUNS}/GetRun"),
-            (tool("buf"), "curl", "--protocol", "grpc", "--http2-prior-knowledge", "--reflect")
-            + ("-d", json.dumps({"id": run_id}), f"http://{address}/{RUNS}/GetRun"),
-        ):
-            called = run(*command)
-            assert called.returncode == 0 and json.loads(called.stdout)["run"]["id"] == run_id, called.stderr
-        deployment.processes["coordinator"].terminate()
-        deployment.processes["coordinator"].wait(CALL_S)
-        wait_for(lambda: envoy.health() == "UNHEALTHY", "an unhealthy coordinator")
-        refused = run(tool("grpcurl"), "-plaintext", "-max-time", "10", address, "espalier.v1.RegistryService/ListWorkers")
-        assert refused.returncode != 0
-        deployment.start_coordinator()
-        wait_for(lambda: envoy.health() == "HEALTHY", "a coordinator that is healthy again")
-        with Client(address, timeout=CALL_S) as client:
-            assert client.get(run_id).id == run_id
-    finally:
-        envoy.stop()
+    with Client(proxied.address, timeout=CALL_S) as client:
+        run_id = client.create(spec(60)).id
+        revisions, in_mid_run = [], None
+        for event in client.watch(run_id):
+            revisions.append(event.revision)
+            if event.step.step == 5:
+                in_mid_run = client.get(run_id).revision
+        assert in_mid_run < revisions[-1], "events came while the run went on"
+        assert revisions == list(range(1, client.get(run_id).revision + 1))
+    deployment.processes["coordinator"].terminate()
+    deployment.processes["coordinator"].wait(CALL_S)
+    wait_for(lambda: proxied.health() == "UNHEALTHY", "an unhealthy coordinator")
+    refused = grpcurl(proxied, "-max-time", "10", proxied.address, "espalier.v1.RegistryService/ListWorkers")
+    assert refused.returncode != 0
+    deployment.start_coordinator()
+    wait_for(lambda: proxied.health() == "HEALTHY", "a coordinator that is healthy again")
+    with Client(proxied.address, timeout=CALL_S) as client:
+        assert client.get(run_id).id == run_id
