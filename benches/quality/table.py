@@ -296,6 +296,7 @@ USUAL = {
     "shape": "SHAPE_UNIFORM",
     "head_grouping": "HEAD_GROUPING_KV_GROUPS",
     "channel_multiple": 1,
+    "calibration_windows": 16,
 }
 
 
@@ -304,7 +305,7 @@ def besides(recipe):
     found = []
     for name, value in [*recipe.items(), *(recipe.get("pruning") or {}).items()]:
         if value and name not in SAID and value != USUAL.get(name):
-            inner = [f"{key} {part}" for key, part in flat(value)] if isinstance(value, dict) else [word(name, value)]
+            inner = [f"{key} {part}" for key, part in flat(value)] if isinstance(value, dict) else [str(word(name, value))]
             found.append(f"{name.replace('_', ' ')} {', '.join(inner)}")
     return "; ".join(found) or "–"
 

@@ -210,6 +210,10 @@ REFUSED = {
         {"telemetry": {"metrics": {"enabled": False}, "serviceMonitor": {"enabled": True}}},
         "telemetry.serviceMonitor.enabled",
     ),
+    "an interval that Prometheus would not take": (
+        {"telemetry": {"serviceMonitor": {"enabled": True, "interval": "5s1m"}}},
+        "telemetry.serviceMonitor.interval",
+    ),
     "a label that the chart sets itself": ({"commonLabels": {"app.kubernetes.io/name": "x"}}, "commonLabels"),
     "a policy for addresses that are no peers": ({"networkPolicy": {"services": [{"cidr": "::/0"}]}}, "networkPolicy.services"),
 }

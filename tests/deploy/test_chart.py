@@ -1,8 +1,11 @@
 """The chart: lint, what it renders to, and the values that it must refuse."""
 
+import copy
 import functools
 import json
+from pathlib import Path
 
+import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
@@ -14,6 +17,15 @@ from helm_python import Chart
 import chart_readme  # of scripts/, which conftest puts on the path
 
 VERSIONS = [f"1.{minor}" for minor in range(30, 38)]
+# Kinds that Kubernetes does not know. schemas/ says what their specs may be, and no more than the chart needs.
+OTHERS = {
+    "LeaderWorkerSet": "leaderworkerset.x-k8s.io/v1",
+    "PodGroup": "scheduling.volcano.sh/v1beta1",
+    "Certificate": "cert-manager.io/v1",
+    "ServiceMonitor": "monitoring.coreos.com/v1",
+    "PrometheusRule": "monitoring.coreos.com/v1",
+}
+SPECS = {kind: yaml.safe_load((Path(__file__).parent / "schemas" / f"{kind}.yaml").read_text()) for kind in OTHERS}
 
 # The package reads its 3 MB of definitions anew for each object.
 kubernetes_validate.utils.schema_contents = functools.cache(kubernetes_validate.utils.schema_contents)
@@ -34,12 +46,20 @@ def test_helm_lint_finds_nothing(case, tmp_path):
     assert "Fail:" not in done.stdout + done.stderr
 
 
+def validate_other(each):
+    """Against the schema of its kind, which is not one of Kubernetes'."""
+    assert set(each) == {"apiVersion", "kind", "metadata", "spec"}
+    assert each["apiVersion"] == OTHERS[each["kind"]]
+    jsonschema.validate(each["spec"], SPECS[each["kind"]], jsonschema.Draft202012Validator)
+
+
 def validate(objects, version):
-    """Against Kubernetes' own schemas; of others' kinds, the pods that they make."""
+    """Against Kubernetes' own schemas; of others' kinds, their metadata and the pods that they make."""
     for each in objects:
-        if "." not in each["apiVersion"] or each["apiVersion"].split("/")[0].endswith(".k8s.io"):
-            if each["kind"] != "LeaderWorkerSet":
-                kubernetes_validate.validate(each, version, strict=True)
+        if each["kind"] in OTHERS:
+            validate_other(each)
+            each = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": each["metadata"]}
+        kubernetes_validate.validate(each, version, strict=True)
     for owner in of_kind(objects, "LeaderWorkerSet"):
         made = template(owner)
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x", **made["metadata"]}, "spec": made["spec"]}
@@ -49,6 +69,33 @@ def validate(objects, version):
 @pytest.mark.parametrize("version", VERSIONS)
 def test_every_object_fits_the_schemas_of_kubernetes(objects, version):
     validate(objects, version)
+
+
+def test_the_schemas_of_others_refuse_what_their_kinds_do_not_have(render):
+    cases = ("everything at once", "GPUs in groups that live and die together")
+    known = {each["kind"]: each for case in cases for each in render(ACCEPTED[case]) if each["kind"] in OTHERS}
+    assert set(known) == set(OTHERS)
+    wrong = [
+        ("LeaderWorkerSet", ["leaderWorkerTemplate", "restartPolicy"], None),
+        ("LeaderWorkerSet", ["networkConfig", "subdomainPolicy"], "shared"),
+        ("PodGroup", ["minMember"], "4"),
+        ("Certificate", ["renewBefore"], "30d"),
+        ("Certificate", ["issuerRef"], {"kind": "Issuer"}),
+        ("Certificate", ["usages", 0], "server_auth"),
+        ("ServiceMonitor", ["endpoints", 0, "port"], 9464),
+        ("ServiceMonitor", ["endpoints", 0, "interval"], "5s1m"),
+        ("PrometheusRule", ["groups", 0, "rules", 0, "for"], 120),
+        *((kind, ["unknown"], "x") for kind in OTHERS),
+    ]
+    for kind, path, value in wrong:
+        each = copy.deepcopy(known[kind])
+        validate_other(each)
+        inner = each["spec"]
+        for name in path[:-1]:
+            inner = inner[name]
+        inner[path[-1]] = value
+        with pytest.raises(jsonschema.ValidationError):
+            validate_other(each)
 
 
 def test_what_is_rendered_does_not_depend_on_the_version_of_kubernetes(render):
