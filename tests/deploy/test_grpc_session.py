@@ -306,7 +306,7 @@ def test_the_documented_session_shows_every_call_and_every_call_answers(deployme
     assert lease["leaseDuration"] == "10s"
     names["LEASE"] = lease["leaseId"]
     assert len(deployment.call("RegistryService", "ListWorkers", {})["workers"]) == 2
-    assert session.answer("Renew") == {"leaseDuration": "10s", "idle": True}
+    assert session.answer("Renew") == {"leaseDuration": "10s", "idle": True, "poolWorkers": 2}
     assert session.answer("Deregister") == {}
     assert session.answer("DrainWorker")["worker"]["draining"] is True
     (worker,) = deployment.call("RegistryService", "ListWorkers", {})["workers"]
