@@ -1,4 +1,4 @@
-use crate::Violations;
+use crate::{Optimizer, Recipe, Violations};
 use serde::{Deserialize, Serialize};
 
 /// Several pairs of factors, one after the other (Chain of LoRA, arXiv:2401.04151): at a knot the pair that was tuned is frozen
@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 /// ```text
 /// W = W0 + s (B_1 A_1 + … + B_k A_k)      s = alpha / rank      only B_k and A_k are tuned
 /// ```
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Chain {
     /// Steps before which a knot is tied, ascending.
@@ -18,11 +18,18 @@ pub struct Chain {
     pub settle_steps: u64,
 }
 
+impl Default for Chain {
+    fn default() -> Self {
+        Self { knots: Vec::new(), warmup_steps: 10, settle_steps: 5 }
+    }
+}
+
 /// Most knots: each leaves a pair of factors that every pass goes through.
 const MOST_KNOTS: usize = 64;
 
 impl Chain {
-    pub(crate) fn check(&self, steps: u64, found: &mut Violations) {
+    pub(crate) fn check(&self, recipe: &Recipe, found: &mut Violations) {
+        let steps = recipe.steps;
         let ascend = self.knots.windows(2).all(|pair| pair[0] < pair[1]);
         let inside = self.knots.iter().all(|knot| (1..steps).contains(knot));
         found.require(ascend && inside && !self.knots.is_empty(), "chain.knots", || {
@@ -33,6 +40,15 @@ impl Chain {
         });
         found.require(self.knots.len() <= MOST_KNOTS, "chain.knots", || {
             format!("must not be more than {MOST_KNOTS}; got {}", self.knots.len())
+        });
+        let guided = recipe.pruning.as_ref().is_some_and(|pruning| pruning.criterion.is_lora_guided());
+        found.require(!guided || self.settle_steps >= 1, "chain.settle_steps", || {
+            "must be at least 1: right after a knot `B` is zero, and LoRA-guided scores see half of the gradient".into()
+        });
+        let bounded = !matches!(&recipe.optimizer, Optimizer::LoraRite(rite) if !rite.guard);
+        found.require(bounded || self.warmup_steps >= 1, "chain.warmup_steps", || {
+            "must be at least 1 where LoRA-RITE has no guard: each knot is a cold start, whose steps are not bounded"
+                .into()
         });
     }
 
@@ -69,7 +85,7 @@ impl Chain {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Recipe;
+    use crate::{Criterion, LoraPruneForm, LoraRite, Pruning};
 
     fn chain(knots: &[u64]) -> Chain {
         Chain { knots: knots.to_vec(), warmup_steps: 3, settle_steps: 2 }
@@ -90,6 +106,27 @@ mod tests {
             assert_eq!(fields.is_empty(), good, "{knots:?}: {fields:?}");
             assert!(fields.iter().all(|field| field == "chain.knots"));
         }
+    }
+
+    #[test]
+    fn what_a_cold_start_would_spoil_is_refused() {
+        let fields = |criterion, guard, warmup_steps, settle_steps| -> Vec<String> {
+            let recipe = Recipe {
+                steps: 100,
+                chain: Some(Chain { knots: vec![50], warmup_steps, settle_steps }),
+                optimizer: Optimizer::LoraRite(LoraRite { guard, ..LoraRite::default() }),
+                pruning: Some(Pruning { criterion, ..Pruning::default() }),
+                ..Recipe::default()
+            };
+            recipe.violations().into_iter().map(|one| one.field).collect()
+        };
+        let code = Criterion::LoraPrune { form: LoraPruneForm::Code };
+        assert_eq!(fields(code, true, 0, 1), [""; 0]);
+        assert_eq!(fields(code, true, 0, 0), ["chain.settle_steps"]);
+        assert_eq!(fields(Criterion::Tangent, true, 0, 0), ["chain.settle_steps"]);
+        assert_eq!(fields(Criterion::Wanda, true, 0, 0), [""; 0]);
+        assert_eq!(fields(Criterion::Wanda, false, 1, 0), [""; 0]);
+        assert_eq!(fields(Criterion::Wanda, false, 0, 0), ["chain.warmup_steps"]);
     }
 
     #[test]

@@ -55,6 +55,15 @@ impl Criterion {
         }
     }
 
+    /// Whether scores are read from the gradients of the LoRA factors.
+    #[must_use]
+    pub fn is_lora_guided(self) -> bool {
+        match self {
+            Self::LoraPrune { .. } | Self::Tangent => true,
+            Self::Taylor | Self::Magnitude | Self::Wanda | Self::Flap | Self::Random => false,
+        }
+    }
+
     /// Whether the workers compute scores for it at every step.
     #[must_use]
     pub fn is_scored_by_workers(self) -> bool {

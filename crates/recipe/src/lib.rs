@@ -122,12 +122,7 @@ impl Recipe {
         found.require(self.batch.micro_batches >= 1, "batch.micro_batches", || "must be at least 1".into());
         self.lora.check(&mut found);
         if let Some(chain) = &self.chain {
-            chain.check(self.steps, &mut found);
-            let first = self.pruning_steps().first().copied();
-            let scored = first.is_none_or(|first| (0..=first).any(|step| chain.has_settled(step)));
-            found.require(scored, "chain.settle_steps", || {
-                format!("leaves no step whose scores count before the first mask, which is due after step {first:?}")
-            });
+            chain.check(self, &mut found);
         }
         self.optimizer.check(&mut found);
         self.learning_rate.check(self.steps, self.last_removal(), &mut found);

@@ -4,7 +4,7 @@ use model_spec::{Family, LayerSpec, ModelSpec, Projection, Rope, RopeScaling};
 use proptest::prelude::*;
 use pruning::KeepMask;
 use recipe::{
-    Compensation, CompensationTarget, Compute, Criterion, Distillation, HeadGrouping, LearningRate,
+    Chain, Compensation, CompensationTarget, Compute, Criterion, Distillation, HeadGrouping, LearningRate,
     LeastSquares, LoraPruneForm, Precision, Protection, Pruning, Ramp, RampShape, Recipe, Recovery, Shape,
     Shrink, Storage,
 };
@@ -39,6 +39,23 @@ fn an_empty_recipe_is_the_default_without_pruning() {
 fn an_empty_pruning_is_the_default_pruning() {
     let message = pb::Recipe { pruning: Some(pb::Pruning::default()), ..Default::default() };
     assert_eq!(recipe_message::checked(Some(message), ""), Ok(Recipe::default()));
+}
+
+#[test]
+fn a_chain_survives_the_round_trip_and_takes_its_defaults() {
+    for chain in [
+        Chain { knots: vec![10, 20], warmup_steps: 0, settle_steps: 1 },
+        Chain { knots: vec![7], ..Chain::default() },
+    ] {
+        let recipe = Recipe { chain: Some(chain), ..Recipe::default() };
+        assert_eq!(recipe_message::checked(Some(recipe_message::to_pb(&recipe)), ""), Ok(recipe));
+    }
+    let message = pb::Recipe {
+        chain: Some(pb::Chain { knots: vec![7], ..pb::Chain::default() }),
+        ..pb::Recipe::default()
+    };
+    let chain = recipe_message::checked(Some(message), "").unwrap().chain;
+    assert_eq!(chain, Some(Chain { knots: vec![7], ..Chain::default() }));
 }
 
 #[test]

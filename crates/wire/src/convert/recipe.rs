@@ -119,10 +119,11 @@ fn lora(message: pb::Lora) -> Lora {
 
 fn chain(message: pb::Chain, path: &str, found: &mut Violations) -> Option<Chain> {
     let pb::Chain { knots, warmup_steps, settle_steps } = message;
+    let default = Chain::default();
     bounded_list(knots.len(), &below(path, "knots"), found).then_some(Chain {
         knots,
-        warmup_steps,
-        settle_steps,
+        warmup_steps: warmup_steps.unwrap_or(default.warmup_steps),
+        settle_steps: settle_steps.unwrap_or(default.settle_steps),
     })
 }
 
@@ -430,8 +431,8 @@ pub fn to_pb(recipe: &Recipe) -> pb::Recipe {
         }),
         chain: recipe.chain.as_ref().map(|chain| pb::Chain {
             knots: chain.knots.clone(),
-            warmup_steps: chain.warmup_steps,
-            settle_steps: chain.settle_steps,
+            warmup_steps: Some(chain.warmup_steps),
+            settle_steps: Some(chain.settle_steps),
         }),
         optimizer: Some(pb::Optimizer {
             kind: Some(match recipe.optimizer {
