@@ -141,8 +141,8 @@ class Containers:
 
     def close(self):
         if (self.folder / "containers.conf").exists():
-            self.call("podman", "pod", "rm", "--all", "--force", check=False)
-            self.call("podman", "rm", "--all", "--force", "--time", "0", check=False)
+            for kind in (["pod"], []):
+                self.call("podman", *kind, "rm", "--all", "--force", "--time", "0", check=False)
             self.call("podman", "network", "prune", "--force", check=False)
             self.call("buildah", "rm", "--all", check=False)
             remove_chains()

@@ -182,9 +182,8 @@ class Cluster:
                 raise AssertionError(self.log(pod)) from error
 
     def close(self):
-        for kind in ("pod", "volume"):
-            self.containers.call("podman", kind, "rm", "--all", "--force", check=False)
-        self.containers.call("podman", "network", "rm", "--force", NETWORK, check=False)
+        for words in ("pod rm --all --force --time 0", "volume rm --all --force", f"network rm --force {NETWORK}"):
+            self.containers.call("podman", *words.split(), check=False)
 
 
 @pytest.fixture(scope="module")
