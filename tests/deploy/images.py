@@ -141,8 +141,8 @@ class Containers:
 
     def close(self):
         if (self.folder / "containers.conf").exists():
-            for kind in (["pod"], []):
-                self.call("podman", *kind, "rm", "--all", "--force", "--time", "0", check=False)
+            for words in ("kill --all", "pod rm --all --force", "rm --all --force"):
+                self.call("podman", *words.split(), check=False)
             self.call("podman", "network", "prune", "--force", check=False)
             self.call("buildah", "rm", "--all", check=False)
             remove_chains()

@@ -182,7 +182,7 @@ class Cluster:
                 raise AssertionError(self.log(pod)) from error
 
     def close(self):
-        for words in ("pod rm --all --force --time 0", "volume rm --all --force", f"network rm --force {NETWORK}"):
+        for words in ("kill --all", "pod rm --all --force", "volume rm --all --force", f"network rm --force {NETWORK}"):
             self.containers.call("podman", *words.split(), check=False)
 
 
