@@ -109,6 +109,7 @@ def test_the_gpu_image_has_the_library_that_the_worker_is_linked_with_and_all_th
     assert opened <= cuda.keys()
 
 
+@pytest.mark.host
 def test_the_wheels_of_the_gpu_image_are_in_the_index_with_these_hashes(tmp_path):
     """By pip, for the platforms that the Dockerfile names, without fetching them: they are gigabytes."""
     platforms = re.findall(r"--(?:platform|python-version) \S+", (CUDA_LOCK.parent / "worker-cuda.Dockerfile").read_text())
