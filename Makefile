@@ -200,7 +200,7 @@ lint: setup $(DEPLOY_VENV)/.installed ## check format, clippy, the schemas, and 
 .PHONY: clean
 clean: ## remove what was built and made; keep what was fetched (.libtorch, .cache/wheels)
 	$(CARGO) clean
-	rm -rf out $(DEMO) $(DEPLOY_VENV) $(INTEROP_VENV) $(S3_SERVER) $(COLLECTOR) $(AIRFLOW) $(CHECKOV) $(BENCH_PACKAGES) .cache/bench
+	rm -rf out $(DEMO) $(DEPLOY_VENV) $(INTEROP_VENV) $(S3_SERVER) $(COLLECTOR) $(AIRFLOW) $(CHECKOV) $(BENCH_PACKAGES) .cache/bench .cache/images
 
 $(COLLECTOR)/.installed: tests/deploy/collector.txt
 	rm -rf $(COLLECTOR)

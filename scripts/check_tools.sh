@@ -56,9 +56,8 @@ if [ "$for_what" = --deploy ]; then
     command -v "$tool" >/dev/null || lack "$tool, for the tests of the metrics: apt-get install prometheus"
   done
   command -v ip >/dev/null || lack "ip, for the tests of hosts that are cut off: apt-get install iproute2"
-  for tool in buildah podman runc debootstrap; do
-    command -v "$tool" >/dev/null ||
-      lack "$tool, for the tests of the images: apt-get install buildah podman runc debootstrap catatonit netavark aardvark-dns iptables"
+  for tool in buildah podman runc debootstrap catatonit iptables /usr/lib/podman/netavark; do
+    command -v "$tool" >/dev/null || lack "$tool, for the tests of the images: apt-get install ${tool##*/}"
   done
 fi
 

