@@ -14,7 +14,7 @@ const KNOT: u64 = 3;
 fn recipe(compute: Compute, storage: Storage) -> Recipe {
     let mut recipe = with_pruning(|pruning| pruning.compensation = Compensation::None);
     recipe.precision = Precision { compute, storage };
-    recipe.chain = Some(Chain { knots: vec![KNOT], warmup_steps: 0, settle_steps: 0 });
+    recipe.chain = Some(Chain { knots: vec![KNOT], warmup_steps: 0, settle_steps: 1 });
     recipe.optimizer = Optimizer::AdamW(AdamW { weight_decay: 0.0, ..AdamW::default() });
     recipe
 }

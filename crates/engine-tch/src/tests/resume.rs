@@ -290,12 +290,12 @@ fn a_chain_is_resumed_with_the_same_bits_before_between_and_at_knots() {
     for knots in [vec![2], vec![KILLED_AT - 1], vec![KILLED_AT], vec![1, KILLED_AT + 1]] {
         for (degree, shrink) in [(1, Shrink::Never), (2, Shrink::Live)] {
             let mut recipe = with_pruning(|pruning| pruning.shrink = shrink);
-            recipe.chain = Some(Chain { knots: knots.clone(), warmup_steps: 1, settle_steps: 0 });
+            recipe.chain = Some(Chain { knots: knots.clone(), warmup_steps: 1, settle_steps: 1 });
             check(&format!("knots {knots:?} {shrink:?}"), degree, &recipe);
         }
     }
     let mut recipe = recipe(|recipe| recipe.precision = F64);
-    recipe.chain = Some(Chain { knots: vec![2], warmup_steps: 0, settle_steps: 0 });
+    recipe.chain = Some(Chain { knots: vec![2], warmup_steps: 0, settle_steps: 1 });
     check_other_degrees("chain", &recipe);
 }
 
