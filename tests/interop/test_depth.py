@@ -32,7 +32,7 @@ CASES = [
     DepthCase("gqa", sparsity=0.25),
     DepthCase("gqa", sparsity=0.5, iterative=True),
     DepthCase("mha", sparsity=0.5, criterion="taylor", blocks=1),
-    DepthCase("tied", sparsity=0.5, criterion="magnitude", blocks=1, compensation="layer"),
+    DepthCase("tied", sparsity=0.7, criterion="magnitude", blocks=1, compensation="layer"),
 ]
 
 

@@ -16,7 +16,7 @@ CASES = [
     Case("mha", sparsity=0.25),
     Case("gqa"),
     Case("gqa", compensation="layer"),
-    Case("gqa", knots="5,12"),
+    Case("gqa", knots="5"),
     Case("gqa", head_grouping="query-heads"),
     Case("gqa", shape="paper"),
     Case("gqa", shape="global"),
