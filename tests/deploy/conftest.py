@@ -34,6 +34,18 @@ def run(*command, **options):
     )
 
 
+def end(processes):
+    """Asks all to end, then waits; what has not ended by then is killed."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
 def helm_template(values, *arguments):
     """`helm template` with `values` (a mapping) over the chart's own."""
     return subprocess.run(

@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from conftest import REPOSITORY, run
+from conftest import REPOSITORY, end, run
 
 PACKAGE = REPOSITORY / "deploy" / "clients" / "python"
 FIXTURES = REPOSITORY / "tests" / "fixtures"
@@ -104,14 +104,7 @@ class Deployment:
         self.processes["coordinator"].wait(CALL_S)
 
     def stop(self):
-        for process in self.processes.values():
-            process.terminate()
-        for process in self.processes.values():
-            try:
-                process.wait(CALL_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        end(self.processes.values())
 
 
 def started(folder, secure=False):

@@ -12,7 +12,7 @@ import time
 
 import pytest
 import yaml
-from conftest import REPOSITORY, run
+from conftest import REPOSITORY, end, run
 
 pytestmark = pytest.mark.host
 
@@ -200,14 +200,7 @@ class Deployment:
         self.wait_for(ended, PATIENCE_S, f"the end of {run_id}")
 
     def stop(self):
-        for process in self.processes.values():
-            process.terminate()
-        for process in self.processes.values():
-            try:
-                process.wait(CALL_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        end(self.processes.values())
 
 
 def digest(folder):

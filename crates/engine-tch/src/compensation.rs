@@ -17,7 +17,6 @@
 //! Shapes: n tokens of a pass · d hidden · K inputs that stay, on all ranks together, in ascending order.
 
 use crate::communicator::Communicator;
-use crate::dropout::Dropout;
 use crate::factors::split_features;
 use crate::fault::{Fault, Result};
 use crate::frozen::FrozenWeight;
@@ -59,14 +58,7 @@ impl Shard {
         };
         let Some(last) = (0..layers).rev().find(|layer| solves(*layer)) else { return Ok(()) };
         let (factors, ledger) = (self.compute_factors()?, self.compute_ledger()?);
-        let adapters = Adapters {
-            layout: &self.layout,
-            factors: &factors,
-            ledger: &ledger,
-            lora_rank: recipe.lora.rank,
-            scaling: recipe.lora.scaling(),
-            dropout: Dropout::off(),
-        };
+        let adapters = Adapters::evaluating(&self.layout, &factors, &ledger, &recipe.lora);
         let mut work = Work {
             choice,
             adapters: &adapters,

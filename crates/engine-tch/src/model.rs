@@ -14,7 +14,7 @@ use crate::teacher::{Likeliest, SoftTargets};
 use engine::PhaseTimes;
 use engine::Progress;
 use model_spec::ModelSpec;
-use recipe::Recompute;
+use recipe::{Lora, Recompute};
 use sharding::RankLayer;
 use std::ops::Range;
 use std::time::Instant;
@@ -52,6 +52,25 @@ pub(crate) struct Adapters<'a> {
     pub(crate) lora_rank: usize,
     pub(crate) scaling: f64,
     pub(crate) dropout: Dropout,
+}
+
+impl<'a> Adapters<'a> {
+    /// Those of a pass that nothing is dropped from.
+    pub(crate) fn evaluating(
+        layout: &'a FactorLayout,
+        factors: &'a Tensor,
+        ledger: &'a [Tensor],
+        lora: &Lora,
+    ) -> Self {
+        Self {
+            layout,
+            factors,
+            ledger,
+            lora_rank: lora.rank,
+            scaling: lora.scaling(),
+            dropout: Dropout::off(),
+        }
+    }
 }
 
 /// What training wants of a pass over a micro-batch.

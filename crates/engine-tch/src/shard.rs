@@ -519,15 +519,7 @@ impl Shard {
             return Ok(());
         }
         let no_factors = self.compute_factors()?.f_zeros_like()?;
-        let ledger = Vec::new();
-        let adapters = Adapters {
-            layout: &self.layout,
-            factors: &no_factors,
-            ledger: &ledger,
-            lora_rank: self.setup.recipe.lora.rank,
-            scaling: self.setup.recipe.lora.scaling(),
-            dropout: Dropout::off(),
-        };
+        let adapters = Adapters::evaluating(&self.layout, &no_factors, &[], &self.setup.recipe.lora);
         let read =
             self.model.likeliest(&unread, &adapters, distillation.top_k, self.communicator.as_mut())?;
         self.teacher.keep(&unread, &read)
@@ -537,14 +529,7 @@ impl Shard {
         let (factors, ledger) = (self.compute_factors()?, self.compute_ledger()?);
         let mut sum = NllSum::default();
         for rows in rows.chunks(rows_per_pass.max(1)) {
-            let adapters = Adapters {
-                layout: &self.layout,
-                factors: &factors,
-                ledger: &ledger,
-                lora_rank: self.setup.recipe.lora.rank,
-                scaling: self.setup.recipe.lora.scaling(),
-                dropout: Dropout::off(),
-            };
+            let adapters = Adapters::evaluating(&self.layout, &factors, &ledger, &self.setup.recipe.lora);
             let (nll, predicted) =
                 self.model.negative_log_likelihood(rows, &adapters, None, self.communicator.as_mut())?;
             sum.negative_log_likelihood += nll;
@@ -555,28 +540,14 @@ impl Shard {
 
     fn judge(&mut self, prompts: &[Prompt<'_>]) -> Result<Vec<Vec<f64>>> {
         let (factors, ledger) = (self.compute_factors()?, self.compute_ledger()?);
-        let adapters = Adapters {
-            layout: &self.layout,
-            factors: &factors,
-            ledger: &ledger,
-            lora_rank: self.setup.recipe.lora.rank,
-            scaling: self.setup.recipe.lora.scaling(),
-            dropout: Dropout::off(),
-        };
+        let adapters = Adapters::evaluating(&self.layout, &factors, &ledger, &self.setup.recipe.lora);
         self.model.continuation_log_likelihoods(prompts, &adapters, self.communicator.as_mut())
     }
 
     /// Logits `[tokens of all prompts, vocabulary on this rank]`.
     pub(crate) fn prompt_logits(&mut self, prompts: &[Vec<u32>]) -> Result<Tensor> {
         let (factors, ledger) = (self.compute_factors()?, self.compute_ledger()?);
-        let adapters = Adapters {
-            layout: &self.layout,
-            factors: &factors,
-            ledger: &ledger,
-            lora_rank: self.setup.recipe.lora.rank,
-            scaling: self.setup.recipe.lora.scaling(),
-            dropout: Dropout::off(),
-        };
+        let adapters = Adapters::evaluating(&self.layout, &factors, &ledger, &self.setup.recipe.lora);
         let logits = prompts
             .iter()
             .map(|prompt| self.model.logits(&[prompt.as_slice()], &adapters, self.communicator.as_mut()))

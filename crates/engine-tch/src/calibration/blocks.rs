@@ -7,7 +7,6 @@
 //! ```
 
 use super::{Passes, engine};
-use crate::dropout::Dropout;
 use crate::fault::{Fault, Result};
 use crate::importance::{self, ScoreInputs};
 use crate::model::{Adapters, Training};
@@ -119,14 +118,7 @@ impl Shard {
         let recipe = self.setup.recipe.clone();
         for rows in rows.chunks(batch) {
             let mut times = PhaseTimes::default();
-            let adapters = Adapters {
-                layout: &self.layout,
-                factors: &factors,
-                ledger: &ledger,
-                lora_rank: recipe.lora.rank,
-                scaling: recipe.lora.scaling(),
-                dropout: Dropout::off(),
-            };
+            let adapters = Adapters::evaluating(&self.layout, &factors, &ledger, &recipe.lora);
             let training = Training {
                 gradients: &unwanted,
                 observed: Some(&mut observed),

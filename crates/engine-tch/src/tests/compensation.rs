@@ -5,7 +5,6 @@ use super::golden_runs::{Golden, assert_close};
 use super::group::{RunInputs, RunRecord, fixtures, run, spec_of};
 use crate::communicator::Alone;
 use crate::compensation::{Statistics, Unsolved};
-use crate::dropout::Dropout;
 use crate::layer::Narrowing;
 use crate::model::Adapters;
 use crate::shard::Shard;
@@ -177,14 +176,7 @@ fn smaller(model: &str) -> KeepMask {
 }
 
 fn adapters<'a>(shard: &'a Shard, factors: &'a Tensor) -> Adapters<'a> {
-    Adapters {
-        layout: &shard.layout,
-        factors,
-        ledger: &[],
-        lora_rank: shard.setup.recipe.lora.rank,
-        scaling: shard.setup.recipe.lora.scaling(),
-        dropout: Dropout::off(),
-    }
+    Adapters::evaluating(&shard.layout, factors, &[], &shard.setup.recipe.lora)
 }
 
 /// Takes the calibration windows through the compensated model, and each of its matrices through the whole one on the
